@@ -1,0 +1,90 @@
+"""The values that travel through vitgraph. Host data only, apart from the tensors of an embedding.
+
+Legend used everywhere: P patch rows (before merge), M tokens (after merge), S attention segments, I items,
+H heads, Dh head dim, D hidden width, C output width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Counts = Mapping[str, int]
+"""How many rows of each kind ("patch", "token", "item", "segment", "window", ...) something has or holds."""
+
+
+class Grid(NamedTuple):
+    """Size of one item in patches: `t` temporal patches (frames after temporal grouping) of `h` x `w`."""
+
+    t: int
+    h: int
+    w: int
+
+    @property
+    def patches(self) -> int:
+        return self.t * self.h * self.w
+
+
+class Piece(NamedTuple):
+    """A run of whole frames of one item: all of it, unless the item was too long and could be split.
+
+    Attributes:
+        item: index of the item in the caller's order.
+        grid: grid of this piece.
+        first_frame: index of its first temporal patch within the item.
+    """
+
+    item: int
+    grid: Grid
+    first_frame: int = 0
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Pieces that run together.
+
+    Attributes:
+        pieces: in row order.
+        counts: rows of each kind that the pieces fill.
+        budget: index of the budget that replays it, or None to run eager on buffers of exactly this size.
+        reason: why it runs eager; empty when it replays.
+    """
+
+    pieces: tuple[Piece, ...]
+    counts: Counts
+    budget: int | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class VisionEmbedding:
+    """What a tower made of one item. The tensors own their memory: they never alias a graph.
+
+    Attributes:
+        tokens: `[M, C]` in the tower's dtype and on its device.
+        deepstack: `[levels, M, C]` for families with deepstack, else None.
+        grid: the item's grid in patches.
+    """
+
+    tokens: Tensor
+    deepstack: Tensor | None
+    grid: Grid
+
+
+def add_counts(a: Counts, b: Counts) -> dict[str, int]:
+    """Sum of two counts, kind by kind."""
+    return {kind: a.get(kind, 0) + b.get(kind, 0) for kind in {**a, **b}}
+
+
+def fits(counts: Counts, capacity: Counts) -> bool:
+    """Whether `capacity` holds `counts` in every kind."""
+    return all(n <= capacity[kind] for kind, n in counts.items())
+
+
+def exceeded(counts: Counts, capacity: Counts) -> str:
+    """The kinds in which `counts` exceeds `capacity`, joined with '+'; empty when it fits."""
+    return "+".join(kind for kind, n in counts.items() if n > capacity[kind])
