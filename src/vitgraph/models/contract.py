@@ -77,6 +77,7 @@ class TowerSpec:
         deepstack: number of extra output levels.
         buffers: metadata buffers.
         segments: attention segment sets, each named after a buffer.
+        unit: budgets are multiples of this many tokens (256 for a tower of fixed tiles that yield 256 each).
         splits_by_frame: whether frames of a clip are independent, so that a long clip may run in pieces.
     """
 
@@ -90,6 +91,7 @@ class TowerSpec:
     deepstack: int = 0
     segments: tuple[SegmentSpec, ...] = (SegmentSpec(),)
     splits_by_frame: bool = False
+    unit: int = 1
 
     @property
     def levels(self) -> int:

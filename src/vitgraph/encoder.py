@@ -1,0 +1,323 @@
+"""The public encoder: images in, embeddings out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitgraph.attention.select import select_attention
+from vitgraph.config import EncoderConfig
+from vitgraph.core import Grid, Pack, VisionEmbedding
+from vitgraph.engine.engine import Engine, Mode
+from vitgraph.engine.stats import Stats
+from vitgraph.errors import BatchError, ConfigError, InputError, PatchError
+from vitgraph.models.checkpoint import Checkpoint
+from vitgraph.models.contract import Tower, TowerSpec
+from vitgraph.models.registry import Family, find_family, get_family
+from vitgraph.models.weights import load_weights, materialise, randomise
+from vitgraph.preprocess.inputs import ImageInput, Patches
+from vitgraph.preprocess.processor import Processor
+
+if TYPE_CHECKING:
+    from vitgraph.planning.budgets import Budget
+
+logger = logging.getLogger("vitgraph")
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+OnError = Literal["raise", "return"]
+
+
+class VisionEncoder:
+    """A vision tower behind budget graphs. Make one with `from_pretrained` or `from_config`.
+
+    Thread-safe: threads may share an encoder; preprocessing runs in parallel, replays take turns.
+    """
+
+    def __init__(
+        self,
+        tower: Tower,
+        processor: Processor,
+        family: Family,
+        device: torch.device,
+        dtype: torch.dtype,
+        config: EncoderConfig,
+        attention: str,
+    ) -> None:
+        self.tower = tower
+        self.processor = processor
+        self.family = family
+        self.device = device
+        self.dtype = dtype
+        self.config = config
+        self.attention = attention
+        self.engine = Engine(tower, device, dtype, config)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        config: EncoderConfig | None = None,
+        revision: str | None = None,
+    ) -> VisionEncoder:
+        """Loads the vision side of a checkpoint; nothing of the language model is read.
+
+        Args:
+            model: local folder or hub id.
+            device: default: CUDA if there is one, else the CPU.
+            dtype: bfloat16, float16 or float32; default: bfloat16 on CUDA, float32 on the CPU.
+            config: see `EncoderConfig`.
+            revision: branch, tag or commit on the hub.
+
+        Raises:
+            CheckpointError: no such checkpoint, a missing shard, missing or unexpected keys (all are listed).
+            UnknownFamilyError: no family serves the checkpoint; the known ones are listed.
+            ConfigError: a setting that this device cannot meet.
+        """
+        checkpoint = Checkpoint(model, revision)
+        family = find_family(checkpoint.config)
+        encoder = cls._build(family, checkpoint.config, checkpoint, device, dtype, config or EncoderConfig())
+        load_weights(encoder.tower, checkpoint, family.layouts(family.parse_config(checkpoint.config)))
+        return encoder
+
+    @classmethod
+    def from_config(
+        cls,
+        model: str | Mapping[str, Any],
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        config: EncoderConfig | None = None,
+        seed: int = 0,
+    ) -> VisionEncoder:
+        """An encoder with random weights, for tests and benchmarks.
+
+        Args:
+            model: a parsed config.json, or a family's name for its tiny model.
+            seed: of the weights; the same seed gives the same weights on the same kind of device.
+            device, dtype, config: as in `from_pretrained`.
+        """
+        hf_config = get_family(model).tiny()[0] if isinstance(model, str) else model
+        encoder = cls._build(find_family(hf_config), hf_config, None, device, dtype, config or EncoderConfig())
+        randomise(encoder.tower, seed)
+        return encoder
+
+    @classmethod
+    def _build(
+        cls,
+        family: Family,
+        hf_config: Mapping[str, Any],
+        checkpoint: Checkpoint | None,
+        device: str | torch.device | None,
+        dtype: str | torch.dtype | None,
+        config: EncoderConfig,
+    ) -> VisionEncoder:
+        place, kind = _device(device), None
+        kind = _dtype(dtype, place)
+        attention, backend = select_attention(config.attention, place, kind)
+        try:
+            parsed = family.parse_config(hf_config)
+        except KeyError as error:
+            raise ConfigError(f"config.json of this {family.title} checkpoint lacks {error}.") from error
+        read = checkpoint.read_json if checkpoint else lambda _name: None
+        processor = family.processor(parsed, read("preprocessor_config.json"), read("video_preprocessor_config.json"))
+        with torch.device("meta"):
+            tower = family.build(parsed, backend)
+        materialise(tower, place, kind)
+        tower.eval()
+        return cls(tower, processor, family, place, kind, config, attention)
+
+    # -- facts -------------------------------------------------------------------------------------------------
+
+    @property
+    def spec(self) -> TowerSpec:
+        """What the tower declares."""
+        return self.tower.spec
+
+    @property
+    def budgets(self) -> tuple[Budget, ...]:
+        """Token budgets, ascending."""
+        return self.engine.budgets
+
+    @property
+    def stats(self) -> Stats:
+        """A snapshot of the counters."""
+        return self.engine.stats
+
+    # -- work --------------------------------------------------------------------------------------------------
+
+    def capture(self, progress: bool = True) -> None:
+        """Captures every budget, largest first. `encode` does this on its first call unless `lazy` is set.
+
+        Args:
+            progress: show a progress bar on a terminal.
+        """
+        if not progress:
+            self.engine.capture()
+            return
+        from vitgraph.progress import progress_bar
+
+        with progress_bar("capturing graphs") as update:
+            self.engine.capture(update)
+
+    def prepare(self, image: ImageInput) -> Patches:
+        """Preprocessing alone: decode, resize, normalise and patchify one input, on the host.
+
+        Raises:
+            InputError: what is wrong with the input.
+        """
+        patches = self.processor.prepare(image)
+        self.spec.check_grid(patches.grid)
+        return patches
+
+    def plan(self, grids: Iterable[Sequence[int]]) -> list[Pack]:
+        """How items of these (t, h, w) grids would be packed."""
+        return self.engine.plan([self._grid(grid) for grid in grids])
+
+    def encode(self, images: Sequence[ImageInput], on_error: OnError = "raise", mode: Mode = "auto") -> list[Any]:
+        """Encodes images and clips of any size.
+
+        Args:
+            images: see `ImageInput`; may be empty.
+            on_error: what happens to the others when some inputs are bad. All good ones are always encoded; "raise"
+                then raises a `BatchError` that carries them, "return" puts the error in its slot of the result.
+            mode: "auto" replays graphs; "padded" and "eager" are the references (see `engine.Mode`).
+
+        Returns:
+            One `VisionEmbedding` per input, in order.
+
+        Raises:
+            BatchError: with on_error="raise", when any input is bad.
+        """
+        if isinstance(images, (str, bytes, Path)) or not isinstance(images, Sequence):
+            raise InputError(f"encode() takes a list of images, not a {type(images).__name__}; wrap it: encode([x]).")
+        results: list[Any] = []
+        for image in images:
+            try:
+                results.append(self.prepare(image))
+            except InputError as error:
+                results.append(error)
+        good = [i for i, r in enumerate(results) if isinstance(r, Patches)]
+        rows = [_as_tensor(results[i].pixel_values) for i in good]
+        for i, embedding in zip(good, self._run(rows, [results[i].grid for i in good], mode), strict=True):
+            results[i] = embedding
+        if on_error == "raise" and len(good) < len(results):
+            raise BatchError(results)
+        return results
+
+    def encode_patches(
+        self, pixel_values: Tensor, grid_thw: Tensor | Sequence[Sequence[int]], mode: Mode = "auto"
+    ) -> list[VisionEmbedding]:
+        """Encodes items that are already patchified. Inputs on the device are never read back.
+
+        Args:
+            pixel_values: `[P, patch_width]` (or `[P, ...]` that flattens to it), the items' rows one after another,
+                as the family's reference processor lays them out; any float dtype, on the host or the device.
+            grid_thw: (t, h, w) per item, on the host.
+            mode: as in `encode`.
+
+        Raises:
+            PatchError: rank, width, dtype, row count or a grid does not fit the tower.
+        """
+        grids = [self._grid(grid) for grid in _host_grids(grid_thw)]
+        rows = self._check_rows(pixel_values, sum(grid.patches for grid in grids))
+        return self._run(list(rows.split([grid.patches for grid in grids])) if grids else [], grids, mode)
+
+    def release(self) -> None:
+        """Frees graphs and static buffers. The encoder cannot encode afterwards."""
+        self.engine.release()
+
+    def __enter__(self) -> VisionEncoder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    # -- helpers -----------------------------------------------------------------------------------------------
+
+    def _run(self, rows: list[Tensor], grids: list[Grid], mode: Mode) -> list[VisionEmbedding]:
+        outputs = self.engine.run(rows, grids, mode) if grids else []
+        return [
+            VisionEmbedding(output[0], output[1:] if self.spec.deepstack else None, grid)
+            for output, grid in zip(outputs, grids, strict=True)
+        ]
+
+    def _grid(self, grid: Sequence[int]) -> Grid:
+        if len(grid) != 3:
+            raise PatchError(f"a grid is (t, h, w), not {tuple(grid)}.")
+        checked = Grid(*(int(n) for n in grid))
+        self.spec.check_grid(checked)
+        return checked
+
+    def _check_rows(self, pixel_values: Tensor, expected: int) -> Tensor:
+        if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():
+            kind = getattr(pixel_values, "dtype", type(pixel_values).__name__)
+            raise PatchError(f"pixel_values must be a floating point tensor of patch rows, not {kind}.")
+        rows = pixel_values.flatten(1) if pixel_values.dim() > 1 else pixel_values
+        if rows.dim() != 2 or rows.shape[1] != self.spec.patch_width:
+            raise PatchError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}; {self.spec.family} expects "
+                f"[patches, {self.spec.patch_width}] as its reference processor makes them."
+            )
+        if len(rows) != expected:
+            raise PatchError(f"pixel_values has {len(rows)} rows, but the grids hold {expected} patches.")
+        return rows
+
+
+def _as_tensor(values: np.ndarray | Tensor) -> Tensor:
+    return values if isinstance(values, Tensor) else torch.from_numpy(values)
+
+
+def _host_grids(grid_thw: Tensor | Sequence[Sequence[int]]) -> list[Sequence[int]]:
+    if isinstance(grid_thw, Tensor):
+        if grid_thw.dim() != 2 or grid_thw.is_floating_point():
+            raise PatchError(
+                f"grid_thw has shape {tuple(grid_thw.shape)} and dtype {grid_thw.dtype}; expected whole [items, 3]."
+            )
+        if grid_thw.is_cuda:
+            raise PatchError(
+                "grid_thw is on the device; sizes must be known on the host. Keep the processor's grid_thw on the "
+                "CPU, or pass grid_thw.tolist() where you already have it."
+            )
+        return grid_thw.tolist()
+    return [tuple(grid) for grid in grid_thw]
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"unknown device {device!r}: {error}") from error
+    if place.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {place.type!r} is not supported; use 'cuda' or 'cpu'.")
+    if place.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError(f"device {str(place)!r} was asked for, but torch sees no CUDA device; use device='cpu'.")
+        index = torch.cuda.current_device() if place.index is None else place.index
+        if index >= torch.cuda.device_count():
+            raise ConfigError(f"device {str(place)!r} does not exist; there are {torch.cuda.device_count()}.")
+        place = torch.device("cuda", index)
+    return place
+
+
+def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    if dtype is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise ConfigError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}.")
+        return DTYPES[dtype]
+    if dtype not in DTYPES.values():
+        raise ConfigError(f"dtype {dtype} is not supported; use one of {', '.join(DTYPES)}.")
+    return dtype

@@ -1,0 +1,330 @@
+"""The engine: plans packs, fills static buffers, replays, splits. It knows no family."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from threading import RLock
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitgraph.config import EncoderConfig
+from vitgraph.core import Counts, Grid, Pack, Piece
+from vitgraph.engine.buffers import Arena, MetadataLayout, StaticBuffers, with_lengths
+from vitgraph.engine.graph import CapturedGraph, GraphPool
+from vitgraph.engine.pixels import PieceRows, copy_rows
+from vitgraph.engine.stats import Stats
+from vitgraph.errors import EngineReleasedError, FallbackError
+from vitgraph.models.contract import Tower, TowerBuffers
+from vitgraph.planning.budgets import Budget, make_budgets
+from vitgraph.planning.metadata import Metadata, MetadataCache
+from vitgraph.planning.packing import plan_packs
+
+logger = logging.getLogger("vitgraph")
+
+Mode = Literal["auto", "padded", "eager"]
+"""How packs run: "auto" replays graphs; "padded" runs the same forward on the same padded static buffers without a
+graph; "eager" runs it on buffers of exactly the pack's size."""
+
+Progress = Callable[[int, int, str], None]
+"""Called as `progress(done, total, text)` during capture."""
+
+
+class Engine:
+    """Runs one tower through budgets.
+
+    Args:
+        tower: weights on `device` in `dtype`.
+        device, dtype: of the tower.
+        config: see `EncoderConfig`.
+    """
+
+    def __init__(self, tower: Tower, device: torch.device, dtype: torch.dtype, config: EncoderConfig) -> None:
+        self.tower, self.spec, self.config = tower, tower.spec, config
+        self.device, self.dtype = device, dtype
+        self.budgets: tuple[Budget, ...] = make_budgets(self.spec, config)
+        self._layouts = [MetadataLayout(self.spec.buffers, b.capacity) for b in self.budgets]
+        self._cache = MetadataCache(tower.metadata, config.metadata_cache)
+        self._stats = Stats()
+        self._lock = RLock()
+        self._arena: Arena | None = None
+        self._buffers: dict[int, StaticBuffers] = {}
+        self._graphs: dict[int, CapturedGraph] = {}
+        self._pool: GraphPool | None = None
+        self._last_run: torch.cuda.Event | None = None
+        self._logged: set[str] = set()
+        self._released = False
+        self._captured = not (config.graph and device.type == "cuda")
+        if config.compile:
+            for region in tower.compile_regions():
+                region.compile(dynamic=True)
+
+    # -- public ------------------------------------------------------------------------------------------------
+
+    def plan(self, grids: Sequence[Grid]) -> list[Pack]:
+        """How items of these grids would run."""
+        return plan_packs(self.spec, self.budgets, grids)
+
+    def warm_metadata(self, grids: Iterable[Grid]) -> None:
+        """Computes the metadata of common grids ahead of their first use."""
+        self._cache.warm(grids)
+
+    def capture(self, progress: Progress | None = None) -> None:
+        """Captures every budget, largest first, into one pool. Does nothing on the CPU or when already captured."""
+        with self._lock, self._guard():
+            if self._captured:
+                return
+            order = list(reversed(range(len(self.budgets))))
+            for done, index in enumerate(order):
+                if progress:
+                    progress(done, len(order), f"{self.budgets[index].tokens} tokens")
+                if index not in self._graphs and not self._capture_one(index):
+                    break
+            if progress:
+                progress(len(order), len(order), "done")
+            self._captured = True
+
+    @torch.inference_mode()
+    def run(self, rows: Sequence[Tensor], grids: Sequence[Grid], mode: Mode = "auto") -> list[Tensor]:
+        """Encodes items.
+
+        Args:
+            rows: per item its pixel rows `[P_i, patch_width]`, on the host or on the device, any float dtype.
+            grids: per item.
+            mode: see `Mode`.
+
+        Returns:
+            Per item `[levels, M_i, C]` on the device, in memory of its own.
+
+        Raises:
+            FallbackError: with `strict=True`, when a pack cannot use a budget.
+            EngineReleasedError: after `release()`.
+        """
+        with self._lock, self._guard():
+            if mode == "auto" and not self.config.lazy:
+                self.capture()
+            mode = mode if self.config.graph else "eager"
+            packs = plan_packs(self.spec, self.budgets, grids)
+            pieces: list[list[tuple[Piece, Tensor]]] = [[] for _ in grids]
+            self._count_items(packs, len(grids))
+            for pack in packs:
+                output = self._run_pack(pack, rows, mode)
+                self._split(pack, output, pieces)
+        return [_join(parts) for parts in pieces]
+
+    @property
+    def stats(self) -> Stats:
+        """A snapshot of the counters."""
+        with self._lock:
+            return replace(
+                self._stats,
+                fallbacks=dict(self._stats.fallbacks),
+                metadata_hits=self._cache.hits,
+                metadata_misses=self._cache.misses,
+                captured_graphs=len(self._graphs),
+                graph_bytes=self._pool.nbytes if self._pool else 0,
+                static_bytes=self._arena.nbytes if self._arena else 0,
+            )
+
+    def release(self) -> None:
+        """Frees graphs, their pool and the static buffers. The engine cannot run afterwards."""
+        with self._lock:
+            if self._last_run is not None:
+                self._last_run.synchronize()
+            self._graphs.clear()
+            self._buffers.clear()
+            self._pool = self._arena = None
+            self._released = True
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    # -- one pack ----------------------------------------------------------------------------------------------
+
+    def _run_pack(self, pack: Pack, rows: Sequence[Tensor], mode: Mode) -> Tensor:
+        counts = [self.spec.counts(piece.grid) for piece in pack.pieces]
+        metadata = [self._cache.get(piece.grid) for piece in pack.pieces]
+        pixels = [piece_rows(rows[piece.item], piece) for piece in pack.pieces]
+        self._stats.packs += 1
+        if pack.budget is None or mode == "eager":
+            if mode != "eager":
+                self._fall_back(pack)
+            return self._run_exact(pack.counts, metadata, counts, pixels)
+        self._stats.replays += 1
+        self._stats.real_tokens += pack.counts["token"]
+        self._stats.padded_tokens += self.budgets[pack.budget].tokens
+        if self.config.verbose:
+            logger.info(
+                "pack of %d items: %s in budget %d", len(counts), dict(pack.counts), self.budgets[pack.budget].tokens
+            )
+        return self._run_padded(pack, metadata, counts, pixels, use_graph=mode == "auto")
+
+    def _run_padded(
+        self,
+        pack: Pack,
+        metadata: Sequence[Metadata],
+        counts: Sequence[Counts],
+        pixels: Sequence[PieceRows],
+        use_graph: bool,
+    ) -> Tensor:
+        assert pack.budget is not None
+        buffers = self._static(pack.budget)
+        self._wait_for_last_run()
+        self._fill(buffers, metadata, counts, pixels)
+        if use_graph and self.device.type == "cuda" and self._has_graph(pack.budget):
+            output = self._graphs[pack.budget].replay()
+            self._stats.graph_replays += 1
+        else:
+            output = self.tower(self._uncaptured_inputs(buffers.inputs, metadata, counts))
+        # The next replay writes over this memory, so the caller gets a copy of the rows that are his.
+        output = output[:, : pack.counts["token"]].clone()
+        self._mark_run()
+        return output
+
+    def _run_exact(
+        self,
+        total: Counts,
+        metadata: Sequence[Metadata],
+        counts: Sequence[Counts],
+        pixels: Sequence[PieceRows],
+    ) -> Tensor:
+        layout = MetadataLayout(self.spec.buffers, total)
+        arena = Arena(self.spec, total, layout.nbytes, self.device, self.dtype)
+        buffers = StaticBuffers.create(self.spec, total, layout, arena)
+        self._fill(buffers, metadata, counts, pixels)
+        return self.tower(self._uncaptured_inputs(buffers.inputs, metadata, counts))
+
+    def _fill(
+        self,
+        buffers: StaticBuffers,
+        metadata: Sequence[Metadata],
+        counts: Sequence[Counts],
+        pixels: Sequence[PieceRows],
+    ) -> None:
+        """One staged copy of all metadata, then the pixel rows, all in stream order."""
+        arena, nbytes = buffers.arena, buffers.layout.nbytes
+        slot = arena.next_slot()
+        buffers.layout.write(slot.block.numpy(), metadata, counts)
+        arena.block[:nbytes].copy_(slot.block[:nbytes], non_blocking=True)
+        copy_rows(buffers.inputs.pixel_values, pixels, slot.pixels)
+        if slot.event is not None:
+            slot.event.record()
+
+    def _uncaptured_inputs(
+        self, inputs: TowerBuffers, metadata: Sequence[Metadata], counts: Sequence[Counts]
+    ) -> TowerBuffers:
+        """On the CPU the reference attention may use the host's segment lengths; nothing else changes."""
+        if self.device.type == "cuda":
+            return inputs
+        lengths = {}
+        for segments in self.spec.segments:
+            ends = [np.diff(item[segments.name], prepend=0) for item in metadata]
+            lengths[segments.name] = tuple(int(n) for n in np.concatenate(ends))
+        return with_lengths(inputs, lengths)
+
+    def _split(self, pack: Pack, output: Tensor, pieces: list[list[tuple[Piece, Tensor]]]) -> None:
+        row = 0
+        for piece in pack.pieces:
+            tokens = self.spec.counts(piece.grid)["token"]
+            pieces[piece.item].append((piece, output[:, row : row + tokens]))
+            row += tokens
+
+    # -- buffers and graphs ------------------------------------------------------------------------------------
+
+    def _static(self, index: int) -> StaticBuffers:
+        if self._arena is None:
+            nbytes = max(layout.nbytes for layout in self._layouts)
+            self._arena = Arena(self.spec, self.budgets[-1].capacity, nbytes, self.device, self.dtype)
+        if index not in self._buffers:
+            capacity, layout = self.budgets[index].capacity, self._layouts[index]
+            self._buffers[index] = StaticBuffers.create(self.spec, capacity, layout, self._arena)
+        return self._buffers[index]
+
+    def _has_graph(self, index: int) -> bool:
+        if index in self._graphs:
+            return True
+        if self._captured:
+            self._count_fallback("budget not captured: memory limit reached")
+            return False
+        return self._capture_one(index)
+
+    @torch.inference_mode()
+    def _capture_one(self, index: int) -> bool:
+        """Captures one budget; False when the memory limit is reached."""
+        limit = self.config.memory_limit
+        self._pool = self._pool or GraphPool(self.device)
+        if limit is not None and self._pool.nbytes >= limit:
+            logger.warning(
+                "capture stopped at budget %d: graphs hold %.0f MB, memory_limit is %.0f MB; smaller budgets run "
+                "the same padded forward without a graph",
+                self.budgets[index].tokens,
+                self._pool.nbytes / 1e6,
+                limit / 1e6,
+            )
+            return False
+        start = time.perf_counter()
+        buffers = self._static(index)
+        graph = self._pool.capture(self.tower, buffers.inputs, buffers.output)
+        self._graphs[index] = graph
+        self._stats.capture_seconds += time.perf_counter() - start
+        level = logging.INFO if self.config.verbose else logging.DEBUG
+        logger.log(
+            level,
+            "captured %d tokens in %.1f ms, %.1f MB",
+            self.budgets[index].tokens,
+            graph.seconds * 1e3,
+            graph.nbytes / 1e6,
+        )
+        return True
+
+    # -- order on the device, errors, counters -----------------------------------------------------------------
+
+    def _wait_for_last_run(self) -> None:
+        """Static buffers are shared: whatever stream the caller uses, a run follows the one before it."""
+        if self._last_run is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._last_run)
+
+    def _mark_run(self) -> None:
+        if self.device.type == "cuda":
+            self._last_run = self._last_run or torch.cuda.Event()
+            self._last_run.record(torch.cuda.current_stream(self.device))
+
+    def _guard(self) -> AbstractContextManager[object]:
+        if self._released:
+            raise EngineReleasedError("this encoder was released; make a new one with from_pretrained().")
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+    def _fall_back(self, pack: Pack) -> None:
+        if self.config.graph and self.config.strict:
+            grids = ", ".join("x".join(map(str, piece.grid)) for piece in pack.pieces)
+            raise FallbackError(f"strict=True and the items {grids} cannot use a graph: {pack.reason}.")
+        self._stats.eager_packs += 1
+        self._count_fallback(pack.reason)
+
+    def _count_fallback(self, reason: str) -> None:
+        self._stats.fallbacks[reason] = self._stats.fallbacks.get(reason, 0) + 1
+        if reason not in self._logged:
+            self._logged.add(reason)
+            logger.warning("running eager: %s (logged once, counted in stats.fallbacks)", reason)
+
+    def _count_items(self, packs: Sequence[Pack], items: int) -> None:
+        self._stats.items += items
+        whole = {piece.item for pack in packs for piece in pack.pieces if piece.first_frame > 0}
+        self._stats.split_items += len(whole)
+
+
+def piece_rows(rows: Tensor, piece: Piece) -> PieceRows:
+    """The rows of one piece within its item's rows: frames are contiguous in every row order."""
+    start = piece.first_frame * piece.grid.h * piece.grid.w
+    return rows[start : start + piece.grid.patches]
+
+
+def _join(parts: list[tuple[Piece, Tensor]]) -> Tensor:
+    """Tokens of an item from its pieces, in frame order."""
+    parts.sort(key=lambda part: part[0].first_frame)
+    return parts[0][1] if len(parts) == 1 else torch.cat([tokens for _, tokens in parts], dim=1)

@@ -1,0 +1,72 @@
+"""Capture: the one place that knows CUDA graphs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vitgraph.models.contract import TowerBuffers
+
+Forward = Callable[[TowerBuffers], Tensor]
+
+
+@dataclass(frozen=True)
+class CapturedGraph:
+    """A captured forward.
+
+    Attributes:
+        graph: to replay.
+        output: `[levels, M, C]`, the static output; the next replay of any graph of the pool overwrites it.
+        seconds: wall time of warm-up and capture.
+        nbytes: device memory that the capture added.
+    """
+
+    graph: torch.cuda.CUDAGraph
+    output: Tensor
+    seconds: float
+    nbytes: int
+
+    def replay(self) -> Tensor:
+        self.graph.replay()
+        return self.output
+
+
+class GraphPool:
+    """Graphs that share one memory pool. Replays must not overlap: they share buffers and outputs.
+
+    Args:
+        device: CUDA device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+        self.nbytes = 0
+
+    def capture(self, forward: Forward, inputs: TowerBuffers, output: Tensor) -> CapturedGraph:
+        """Warms up and captures `output.copy_(forward(inputs))`. The buffers must hold a valid pack.
+
+        The forward's own result is dropped, so that the next capture can use its memory.
+        """
+        start = time.perf_counter()
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self._stream):
+            forward(inputs)
+            self._stream.synchronize()
+            before = torch.cuda.mem_get_info(self._device)[0]
+            # torch.cuda.graph() would also collect garbage and empty the allocator's cache for every budget.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                output.copy_(forward(inputs))
+            finally:
+                graph.capture_end()
+        nbytes = max(before - torch.cuda.mem_get_info(self._device)[0], 0)
+        self.nbytes += nbytes
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        return CapturedGraph(graph, output, time.perf_counter() - start, nbytes)

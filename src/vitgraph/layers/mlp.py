@@ -1,0 +1,51 @@
+"""The MLPs of transformer blocks, `[P, D] -> [P, D]`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Activation = Literal["gelu_tanh", "gelu", "quick_gelu", "silu"]
+
+
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """The named activation: GELU in its tanh or exact (erf) form, x * sigmoid(1.702 x), or SiLU."""
+    if activation == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
+    if activation == "gelu":
+        return F.gelu(x)
+    if activation == "quick_gelu":
+        return x * torch.sigmoid(1.702 * x)
+    return F.silu(x)
+
+
+class Mlp(nn.Module):
+    """Linear, activation, Linear."""
+
+    def __init__(self, dim: int, hidden: int, activation: Activation = "gelu_tanh") -> None:
+        super().__init__()
+        self.activation: Activation = activation
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(activate(self.fc1(x), self.activation))
+
+
+class GatedMlp(nn.Module):
+    """`down(activation(gate(x)) * up(x))`, optionally with another output width."""
+
+    def __init__(
+        self, dim: int, hidden: int, bias: bool, activation: Activation = "silu", out_dim: int | None = None
+    ) -> None:
+        super().__init__()
+        self.activation: Activation = activation
+        self.gate_proj = nn.Linear(dim, hidden, bias=bias)
+        self.up_proj = nn.Linear(dim, hidden, bias=bias)
+        self.down_proj = nn.Linear(hidden, out_dim or dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(activate(self.gate_proj(x), self.activation) * self.up_proj(x))
