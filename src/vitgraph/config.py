@@ -8,7 +8,7 @@ from typing import Any
 
 from vitgraph.errors import ConfigError
 
-ATTENTION_NAMES = ("auto", "sdpa", "varlen")
+ATTENTION_NAMES = ("auto", "triton", "varlen", "sdpa")
 
 VLLM_ALIASES = {
     "cudagraph_mm_encoder": "graph",

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitgraph.attention.base import VarlenAttention
 from vitgraph.attention.select import select_attention
 from vitgraph.config import EncoderConfig
 from vitgraph.core import Grid, Pack, VisionEmbedding
@@ -48,7 +49,7 @@ class VisionEncoder:
         device: torch.device,
         dtype: torch.dtype,
         config: EncoderConfig,
-        attention: str,
+        attention: VarlenAttention,
     ) -> None:
         self.tower = tower
         self.processor = processor
@@ -56,8 +57,8 @@ class VisionEncoder:
         self.device = device
         self.dtype = dtype
         self.config = config
-        self.attention = attention
-        self.engine = Engine(tower, device, dtype, config)
+        self.attention = attention.name
+        self.engine = Engine(tower, device, dtype, config, attention)
 
     @classmethod
     def from_pretrained(
@@ -121,7 +122,7 @@ class VisionEncoder:
     ) -> VisionEncoder:
         place, kind = _device(device), None
         kind = _dtype(dtype, place)
-        attention, backend = select_attention(config.attention, place, kind)
+        attention = select_attention(config.attention, place, kind)
         try:
             parsed = family.parse_config(hf_config)
         except KeyError as error:
@@ -129,7 +130,7 @@ class VisionEncoder:
         read = checkpoint.read_json if checkpoint else lambda _name: None
         processor = family.processor(parsed, read("preprocessor_config.json"), read("video_preprocessor_config.json"))
         with torch.device("meta"):
-            tower = family.build(parsed, backend)
+            tower = family.build(parsed, attention)
         materialise(tower, place, kind)
         tower.eval()
         return cls(tower, processor, family, place, kind, config, attention)

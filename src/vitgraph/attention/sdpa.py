@@ -9,22 +9,21 @@ from torch import Tensor
 from vitgraph.attention.base import Segments
 
 
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
+class SdpaAttention:
     """Packed attention, one call per segment where host lengths are known, else one masked call.
 
     The masked form holds a `[T, T]` mask: it is for correctness at small sizes, on any device and inside graphs.
-
-    Args:
-        q, k, v: `[T, H, Dh]`.
-        segments: see `Segments`.
-        scale: factor on the logits.
-
-    Returns:
-        `[T, H, Dh]`; rows past the last segment are zero.
     """
-    if segments.lengths is not None:
-        return _per_segment(q, k, v, segments.lengths, scale)
-    return _masked(q, k, v, segments.cu_seqlens, scale)
+
+    name = "sdpa"
+
+    def block(self, rows: int, longest: int) -> int:
+        return 0
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
+        if segments.lengths is not None:
+            return _per_segment(q, k, v, segments.lengths, scale)
+        return _masked(q, k, v, segments.cu_seqlens, scale)
 
 
 def _per_segment(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:

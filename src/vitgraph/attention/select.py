@@ -2,37 +2,45 @@
 
 from __future__ import annotations
 
+import logging
+from importlib.util import find_spec
+
 import torch
 
 from vitgraph.attention.base import VarlenAttention
-from vitgraph.attention.sdpa import sdpa_attention
-from vitgraph.attention.torch_varlen import varlen_attention
+from vitgraph.attention.sdpa import SdpaAttention
+from vitgraph.attention.torch_varlen import TorchVarlenAttention
 from vitgraph.errors import ConfigError
 
-_FLASH_DTYPES = (torch.bfloat16, torch.float16)
+logger = logging.getLogger("vitgraph")
+
+HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
-def select_attention(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, VarlenAttention]:
+def select_attention(name: str, device: torch.device, dtype: torch.dtype) -> VarlenAttention:
     """The backend that `name` stands for here.
 
-    "auto" is the flash kernel on CUDA in bf16 or fp16, else the reference.
-
-    Returns:
-        The chosen name, "varlen" or "sdpa", and the backend.
+    "auto" is our Triton kernel on CUDA in bf16 or fp16 (torch's flash kernel where Triton is not installed), else the
+    reference.
 
     Raises:
         ConfigError: when the named backend cannot run on this device and dtype.
     """
-    flash = device.type == "cuda" and dtype in _FLASH_DTYPES
+    fast = device.type == "cuda" and dtype in HALF_DTYPES
     if name == "auto":
-        name = "varlen" if flash else "sdpa"
-    if name == "varlen":
-        if not flash:
-            raise ConfigError(
-                f"attention='varlen' needs CUDA with bfloat16 or float16, not {device.type} with {dtype}; "
-                "use attention='auto' or 'sdpa'."
-            )
-        return name, varlen_attention
+        name = ("triton" if find_spec("triton") else "varlen") if fast else "sdpa"
+        logger.debug("attention: %s for %s on %s", name, dtype, device)
     if name == "sdpa":
-        return name, sdpa_attention
-    raise ConfigError(f"unknown attention {name!r}; known: auto, sdpa, varlen.")
+        return SdpaAttention()
+    if not fast:
+        raise ConfigError(
+            f"attention={name!r} needs CUDA with bfloat16 or float16, not {device.type} with {dtype}; "
+            "use attention='auto' or 'sdpa'."
+        )
+    if name == "varlen":
+        return TorchVarlenAttention()
+    if find_spec("triton") is None:
+        raise ConfigError("attention='triton' needs the package triton; install it, or use attention='varlen'.")
+    from vitgraph.attention.triton_varlen import TritonVarlenAttention
+
+    return TritonVarlenAttention()

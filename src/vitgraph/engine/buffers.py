@@ -7,13 +7,13 @@ layout describes the host copy and the device copy.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vitgraph.attention.base import Segments
+from vitgraph.attention.base import Segments, VarlenAttention, tile_bound, write_tiles
 from vitgraph.core import Counts
 from vitgraph.models.contract import BufferSpec, TowerBuffers, TowerSpec
 from vitgraph.planning.metadata import Metadata
@@ -35,22 +35,51 @@ class Slot:
         return int(np.prod(self.shape)) * np.dtype(self.spec.dtype).itemsize
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """Tile schedule of one attention segment set: derived from its `cu_seqlens` when a pack is written."""
+
+    segments: str
+    name: str
+    block: int
+
+
 class MetadataLayout:
-    """Placement of a tower's metadata buffers for one capacity.
+    """Placement of a tower's metadata buffers, and of the attention's tile schedules, for one capacity.
 
     Args:
-        buffers: declarations.
+        spec: the tower's declarations.
         capacity: rows of each kind.
+        attention: the tower's backend; None plans no schedules.
     """
 
-    def __init__(self, buffers: Sequence[BufferSpec], capacity: Counts) -> None:
-        slots: list[Slot] = []
-        end = 0
-        for spec in buffers:
-            slots.append(Slot(spec, end, (spec.lead + capacity[spec.rows], *spec.trailing)))
-            end += -(-slots[-1].nbytes // ALIGNMENT) * ALIGNMENT
-        self.slots = tuple(slots)
-        self.nbytes = end
+    def __init__(self, spec: TowerSpec, capacity: Counts, attention: VarlenAttention | None = None) -> None:
+        self.capacity = capacity
+        self._items = list(spec.buffers)
+        self._rows = {s.name: capacity[offset_kind(spec, s.name)] for s in spec.segments}
+        self.longest = {s.name: s.max_length or self._rows[s.name] for s in spec.segments}
+        schedules = [self._schedule(spec, s.name, attention) for s in spec.segments]
+        self.schedules = tuple(pair[0] for pair in schedules if pair)
+        self.slots: tuple[Slot, ...] = ()
+        self.nbytes = 0
+        for buffer in self._items:
+            self._place(buffer, capacity[buffer.rows])
+        for pair in schedules:
+            if pair:
+                self._place(BufferSpec(pair[0].name, "int32", "tile", (4,)), pair[1])
+
+    def _schedule(self, spec: TowerSpec, name: str, attention: VarlenAttention | None) -> tuple[Schedule, int] | None:
+        block = attention.block(self._rows[name], self.longest[name]) if attention else 0
+        if not block:
+            return None
+        buffer = next(b for b in spec.buffers if b.name == name)
+        tiles = tile_bound(self._rows[name], self.capacity[buffer.rows], block)
+        return Schedule(name, f"{name}.tiles", block), tiles
+
+    def _place(self, buffer: BufferSpec, rows: int) -> None:
+        slot = Slot(buffer, self.nbytes, (buffer.lead + rows, *buffer.trailing))
+        self.slots = (*self.slots, slot)
+        self.nbytes += -(-slot.nbytes // ALIGNMENT) * ALIGNMENT
 
     def tensors(self, block: Tensor) -> dict[str, Tensor]:
         """Views into a uint8 block of at least `nbytes`, by buffer name."""
@@ -76,9 +105,12 @@ class MetadataLayout:
             items: metadata per item, in row order.
             counts: rows per item.
         """
-        for slot in self.slots:
-            array = block[slot.offset : slot.offset + slot.nbytes].view(slot.spec.dtype).reshape(slot.shape)
-            _write_buffer(slot.spec, array, items, counts)
+        arrays = self.arrays(block)
+        for buffer in self._items:
+            _write_buffer(buffer, arrays[buffer.name], items, counts)
+        for schedule in self.schedules:
+            offsets, tiles = arrays[schedule.segments], arrays[schedule.name]
+            write_tiles(offsets, self._rows[schedule.segments], schedule.block, tiles)
 
 
 def _write_buffer(spec: BufferSpec, out: np.ndarray, items: Sequence[Metadata], counts: Sequence[Counts]) -> None:
@@ -109,10 +141,11 @@ def _pad(spec: BufferSpec, out: np.ndarray, row: int) -> None:
         out[row:] = np.arange(row - spec.lead, len(out) - spec.lead, dtype=out.dtype)
 
 
-def max_seqlens(spec: TowerSpec, capacity: Counts) -> dict[str, int]:
-    """Longest segment that a capacity can hold, in rows, by segment set."""
-    rows = capacity["patch"]
-    return {s.name: rows if s.max_length is None else s.max_length for s in spec.segments}
+def offset_kind(spec: TowerSpec, name: str) -> str:
+    """The kind of rows that a segment set's offsets count."""
+    buffer = next(b for b in spec.buffers if b.name == name)
+    assert buffer.offset is not None, f"{name} holds attention offsets, so it must declare what they count"
+    return buffer.offset
 
 
 @dataclass
@@ -196,8 +229,10 @@ class StaticBuffers:
     def create(cls, spec: TowerSpec, capacity: Counts, layout: MetadataLayout, arena: Arena) -> StaticBuffers:
         """The view of `arena` for a budget of this capacity."""
         metadata = layout.tensors(arena.block)
-        longest = max_seqlens(spec, capacity)
-        segments = {name: Segments(metadata[name], longest[name]) for name in longest}
+        segments = {name: Segments(metadata[name], longest) for name, longest in layout.longest.items()}
+        for schedule in layout.schedules:
+            plain = segments[schedule.segments]
+            segments[schedule.segments] = replace(plain, tiles=metadata[schedule.name], block=schedule.block)
         inputs = TowerBuffers(arena.pixels[: capacity["patch"]], metadata, segments)
         return cls(layout, inputs, arena.output(spec, capacity["token"]), arena)
 
@@ -205,7 +240,7 @@ class StaticBuffers:
 def with_lengths(inputs: TowerBuffers, lengths: Mapping[str, tuple[int, ...]]) -> TowerBuffers:
     """The same buffers with segment lengths known on the host, for a forward that is not captured."""
     segments = {
-        name: Segments(s.cu_seqlens, max(lengths[name], default=0), lengths[name])
+        name: replace(s, lengths=lengths[name], max_seqlen=max(lengths[name], default=0))
         for name, s in inputs.segments.items()
     }
     return TowerBuffers(inputs.pixel_values, inputs.metadata, segments)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitgraph.attention.base import VarlenAttention
 from vitgraph.config import EncoderConfig
 from vitgraph.core import Counts, Grid, Pack, Piece
 from vitgraph.engine.buffers import Arena, MetadataLayout, StaticBuffers, with_lengths
@@ -43,13 +44,22 @@ class Engine:
         tower: weights on `device` in `dtype`.
         device, dtype: of the tower.
         config: see `EncoderConfig`.
+        attention: the tower's backend, which may want tile schedules.
     """
 
-    def __init__(self, tower: Tower, device: torch.device, dtype: torch.dtype, config: EncoderConfig) -> None:
+    def __init__(
+        self,
+        tower: Tower,
+        device: torch.device,
+        dtype: torch.dtype,
+        config: EncoderConfig,
+        attention: VarlenAttention,
+    ) -> None:
         self.tower, self.spec, self.config = tower, tower.spec, config
+        self._attention = attention
         self.device, self.dtype = device, dtype
         self.budgets: tuple[Budget, ...] = make_budgets(self.spec, config)
-        self._layouts = [MetadataLayout(self.spec.buffers, b.capacity) for b in self.budgets]
+        self._layouts = [MetadataLayout(self.spec, b.capacity, attention) for b in self.budgets]
         self._cache = MetadataCache(tower.metadata, config.metadata_cache)
         self._stats = Stats()
         self._lock = RLock()
@@ -75,12 +85,15 @@ class Engine:
         """Computes the metadata of common grids ahead of their first use."""
         self._cache.warm(grids)
 
+    @torch.inference_mode()
     def capture(self, progress: Progress | None = None) -> None:
         """Captures every budget, largest first, into one pool. Does nothing on the CPU or when already captured."""
         with self._lock, self._guard():
             if self._captured:
                 return
             order = list(reversed(range(len(self.budgets))))
+            # Zeros are valid metadata in every layout; what another budget left there need not be.
+            self._static(order[0]).arena.block.zero_()
             for done, index in enumerate(order):
                 if progress:
                     progress(done, len(order), f"{self.budgets[index].tokens} tokens")
@@ -131,6 +144,13 @@ class Engine:
                 graph_bytes=self._pool.nbytes if self._pool else 0,
                 static_bytes=self._arena.nbytes if self._arena else 0,
             )
+
+    @torch.inference_mode()
+    def poison_padding(self) -> None:
+        """Fills the static buffers' pixels with NaN, so that a test can show that stale rows reach no token."""
+        with self._lock:
+            if self._arena is not None:
+                self._arena.pixels.fill_(float("nan"))
 
     def release(self) -> None:
         """Frees graphs, their pool and the static buffers. The engine cannot run afterwards."""
@@ -193,7 +213,7 @@ class Engine:
         counts: Sequence[Counts],
         pixels: Sequence[PieceRows],
     ) -> Tensor:
-        layout = MetadataLayout(self.spec.buffers, total)
+        layout = MetadataLayout(self.spec, total, self._attention)
         arena = Arena(self.spec, total, layout.nbytes, self.device, self.dtype)
         buffers = StaticBuffers.create(self.spec, total, layout, arena)
         self._fill(buffers, metadata, counts, pixels)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -35,6 +36,12 @@ class CapturedGraph:
         return self.output
 
 
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream per device: cuBLAS keeps a workspace for every stream that it has seen."""
+    return torch.cuda.Stream(device)
+
+
 class GraphPool:
     """Graphs that share one memory pool. Replays must not overlap: they share buffers and outputs.
 
@@ -44,7 +51,7 @@ class GraphPool:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = _capture_stream(device)
         self._pool = torch.cuda.graph_pool_handle()
         self.nbytes = 0
 

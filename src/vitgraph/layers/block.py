@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vitgraph.attention.base import Segments, VarlenAttention
-from vitgraph.layers.rotary import apply_rotary
+from vitgraph.layers.ops import rotate_qk
 
 Rotary = tuple[Tensor, Tensor]
 """cos and sin, each `[P, Dh/2]` fp32."""
@@ -56,7 +56,7 @@ class Attention(nn.Module):
         qk = qkv[:, :2]
         if self.q_norm is not None and self.k_norm is not None:
             qk = torch.stack([self._normalise(qk[:, 0], self.q_norm), self._normalise(qk[:, 1], self.k_norm)], 1)
-        q, k = (qk if rotary is None else apply_rotary(qk, *rotary)).unbind(1)
+        q, k = (qk if rotary is None else rotate_qk(qk, *rotary)).unbind(1)
         return self.proj(self.backend(q, k, qkv[:, 2], segments, self.scale).flatten(1))
 
     def _normalise(self, x: Tensor, norm: nn.Module) -> Tensor:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitgraph.layers.ops import linear_gelu_tanh
+
 Activation = Literal["gelu_tanh", "gelu", "quick_gelu", "silu"]
 
 
@@ -32,6 +34,8 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.activation == "gelu_tanh":
+            return self.fc2(linear_gelu_tanh(x, self.fc1.weight, self.fc1.bias))
         return self.fc2(activate(self.fc1(x), self.activation))
 
 

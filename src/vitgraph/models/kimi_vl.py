@@ -68,6 +68,8 @@ class KimiVLConfig:
 class KimiVLTower(Tower):
     """Patch embedding, blocks, final norm and the multimodal projector."""
 
+    frequencies: Tensor
+
     def __init__(self, config: KimiVLConfig, attention: VarlenAttention) -> None:
         super().__init__()
         dim, heads = config.hidden_size, config.num_attention_heads

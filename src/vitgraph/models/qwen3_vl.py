@@ -81,6 +81,8 @@ class Qwen3VLConfig:
 class Qwen3VLTower(Tower):
     """Patch embedding, blocks, merger and deepstack mergers."""
 
+    frequencies: Tensor
+
     def __init__(self, config: Qwen3VLConfig, attention: VarlenAttention) -> None:
         super().__init__()
         dim, heads = config.hidden_size, config.num_heads
@@ -133,7 +135,7 @@ class Qwen3VLTower(Tower):
         x = x + table.to(x.dtype)
         angles = axial_angles(meta["position_ids"], self.frequencies)
         rotary = angles.cos(), angles.sin()
-        deepstack = []
+        deepstack: list[Tensor] = []
         for layer, block in enumerate(self.blocks):
             x = block(x, rotary, segments)
             if layer in self.config.deepstack_visual_indexes:

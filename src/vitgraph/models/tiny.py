@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from vitgraph.attention.sdpa import sdpa_attention
+from vitgraph.attention.sdpa import SdpaAttention
 from vitgraph.models.checkpoint import INDEX
 from vitgraph.models.registry import get_family
 from vitgraph.models.weights import materialise, randomise
@@ -32,7 +32,7 @@ def write_tiny_checkpoint(family: str, folder: str | Path, seed: int = 0, layout
     config, preprocessor = row.tiny()
     parsed = row.parse_config(config)
     with torch.device("meta"):
-        tower = row.build(parsed, sdpa_attention)
+        tower = row.build(parsed, SdpaAttention())
     materialise(tower, torch.device("cpu"), torch.float32)
     randomise(tower, seed)
     tensors = row.layouts(parsed)[layout].export(dict(tower.named_parameters()))

@@ -12,7 +12,8 @@ from vitgraph.planning.budgets import Budget
 class CountRule(Protocol):
     """The part of a `TowerSpec` that sizes items."""
 
-    splits_by_frame: bool
+    @property
+    def splits_by_frame(self) -> bool: ...
 
     def counts(self, grid: Grid) -> Counts: ...
 

@@ -1,0 +1,63 @@
+"""Operations of the block that CUDA runs as one kernel, each beside its plain form.
+
+Under torch.compile they are opaque operators, so that the compiler fuses what lies around them and keeps them whole.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitgraph.layers.rotary import apply_rotary
+
+HAS_TRITON = find_spec("triton") is not None
+
+
+def rotate_qk(qk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions on `qk [P, 2, H, Dh]`, `cos`, `sin [P, Dh/2]` fp32; may work in place.
+
+    CUDA: one Triton kernel. Elsewhere: `apply_rotary`.
+    """
+    if not (qk.is_cuda and HAS_TRITON):
+        return apply_rotary(qk, cos, sin)
+    if torch.compiler.is_compiling():
+        _rotate_op(qk, cos, sin)
+    else:
+        _rotate(qk, cos, sin)
+    return qk
+
+
+def _rotate(qk: Tensor, cos: Tensor, sin: Tensor) -> None:
+    from vitgraph.layers.rotary_triton import rotate_in_place
+
+    rotate_in_place(qk, cos, sin)
+
+
+@torch.library.custom_op("vitgraph::rotate_qk", mutates_args=("qk",))
+def _rotate_op(qk: Tensor, cos: Tensor, sin: Tensor) -> None:
+    _rotate(qk, cos, sin)
+
+
+def linear_gelu_tanh(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`gelu_tanh(x @ weight.T + bias)`: `x [P, D]`, `weight [F, D]` -> `[P, F]`.
+
+    CUDA: cuBLASLt adds the bias and applies the GELU while it writes the product.
+    """
+    if not x.is_cuda:
+        return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+    if torch.compiler.is_compiling():
+        return _linear_gelu_op(x, weight, bias)
+    return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
+
+
+@torch.library.custom_op("vitgraph::linear_gelu_tanh", mutates_args=())
+def _linear_gelu_op(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
+
+
+@_linear_gelu_op.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])

@@ -1,0 +1,207 @@
+"""On a GPU: graph = eager on the same padded buffers bitwise, no host sync, results that outlive replays."""
+
+from __future__ import annotations
+
+import gc
+import threading
+
+import pytest
+import torch
+
+from vitgraph import EncoderConfig, VisionEncoder
+from vitgraph.models.registry import families
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+FAMILIES = [family.name for family in families()]
+BUDGETS = (64, 160, 320)
+
+
+def make(family: str, **settings: object) -> VisionEncoder:
+    settings = {"budgets": BUDGETS, **settings}
+    return VisionEncoder.from_config(family, device="cuda", dtype="bfloat16", config=EncoderConfig(**settings))
+
+
+def batches(encoder: VisionEncoder) -> list[list[tuple[int, int, int]]]:
+    """Batches that need the budgets in mixed order, small after large and back."""
+    images = [[(1, 8, 8)], [(1, 20, 24), (1, 2, 2)], [(1, 30, 34)], [(1, 4, 6)] * 3, [(1, 20, 24), (1, 6, 10)]]
+    if "video" in encoder.spec.modalities:
+        images += [[(3, 8, 6), (1, 4, 4)], [(2, 20, 20)], [(2, 4, 8)]]
+    fixed = getattr(encoder.tower, "tile_grid", None)
+    if fixed is not None:
+        images = [[(t, *fixed)] for t in (1, 3, 2, 1)] + [[(1, *fixed), (2, *fixed)]]
+    return images
+
+
+def pixels(encoder: VisionEncoder, grids: list[tuple[int, int, int]], seed: int) -> torch.Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    rows = sum(t * h * w for t, h, w in grids)
+    return torch.randn(rows, encoder.spec.patch_width, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+
+def tensors(embeddings: list) -> list[torch.Tensor]:
+    return [t for e in embeddings for t in (e.tokens, e.deepstack) if t is not None]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compile"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_graph_equals_eager_on_the_same_padded_buffers_bitwise(family: str, compiled: bool) -> None:
+    with make(family, compile=compiled) as encoder:
+        encoder.capture(progress=False)
+        for seed, grids in enumerate(batches(encoder) * 2):
+            x = pixels(encoder, grids, seed)
+            replayed = tensors(encoder.encode_patches(x, grids))
+            padded = tensors(encoder.encode_patches(x, grids, mode="padded"))
+            assert all(torch.equal(a, b) for a, b in zip(replayed, padded, strict=True))
+            assert all(t.isfinite().all() for t in replayed)
+        used = encoder.stats
+        assert used.graph_replays >= len(batches(encoder)) * 2
+        assert not used.fallbacks
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_graph_is_as_near_to_fp32_as_exact_size_eager(family: str) -> None:
+    wide = VisionEncoder.from_config(family, device="cuda", dtype="float32", config=EncoderConfig(graph=False))
+    with make(family) as encoder:
+        for narrow, full in zip(encoder.tower.parameters(), wide.tower.parameters(), strict=True):
+            narrow.copy_(full)
+            full.copy_(narrow)
+        for seed, grids in enumerate(batches(encoder)):
+            x = pixels(encoder, grids, seed)
+            want = torch.cat([t.flatten() for t in tensors(wide.encode_patches(x.float(), grids))])
+            errors = {}
+            for mode in ("auto", "eager"):
+                got = torch.cat([t.flatten() for t in tensors(encoder.encode_patches(x, grids, mode=mode))])
+                errors[mode] = ((got.float() - want).norm() / want.norm()).item()
+            assert errors["auto"] < 0.03
+            assert errors["auto"] < 1.3 * errors["eager"] + 1e-3
+
+
+@pytest.mark.parametrize("attention", ["triton", "varlen"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nan_in_padded_rows_reaches_no_token(family: str, attention: str) -> None:
+    with make(family, attention=attention) as encoder:
+        grids = batches(encoder)[0]
+        x = pixels(encoder, grids, 0)
+        clean = tensors(encoder.encode_patches(x, grids))
+        encoder.engine.poison_padding()
+        poisoned = tensors(encoder.encode_patches(x, grids))
+        assert all(torch.equal(a, b) for a, b in zip(clean, poisoned, strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nan_in_one_item_stays_in_it(family: str) -> None:
+    with make(family) as encoder:
+        grids = batches(encoder)[-1] * 2
+        x = pixels(encoder, grids, 0)
+        x[: grids[0][0] * grids[0][1] * grids[0][2]] = float("nan")
+        out = encoder.encode_patches(x, grids)
+        assert out[0].tokens.isnan().any()
+        assert all(t.isfinite().all() for t in tensors(out[1:]))
+        again = encoder.encode_patches(pixels(encoder, grids, 1), grids)
+        assert all(t.isfinite().all() for t in tensors(again))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_replay_path_never_syncs_with_the_host(family: str) -> None:
+    with make(family) as encoder:
+        encoder.capture(progress=False)
+        work = [(pixels(encoder, grids, i), grids) for i, grids in enumerate(batches(encoder))]
+        for x, grids in work:
+            encoder.encode_patches(x, grids)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for x, grids in work:
+                encoder.encode_patches(x, grids)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_results_do_not_alias_graph_memory() -> None:
+    with make("qwen3_vl") as encoder:
+        first = encoder.encode_patches(pixels(encoder, [(1, 8, 8)], 0), [(1, 8, 8)])[0]
+        kept = first.tokens.clone(), first.deepstack.clone()
+        for seed in range(1, 4):
+            encoder.encode_patches(pixels(encoder, [(1, 8, 8)], seed), [(1, 8, 8)])
+        assert torch.equal(first.tokens, kept[0])
+        assert torch.equal(first.deepstack, kept[1])
+
+
+def test_host_pixels_equal_device_pixels() -> None:
+    with make("qwen3_vl") as encoder:
+        grids = [(1, 8, 8), (1, 4, 6)]
+        x = pixels(encoder, grids, 0)
+        on_device = tensors(encoder.encode_patches(x, grids))
+        for _ in range(4):
+            on_host = tensors(encoder.encode_patches(x.cpu(), grids))
+            assert all(torch.equal(a, b) for a, b in zip(on_device, on_host, strict=True))
+
+
+def test_threads_and_streams_share_an_encoder() -> None:
+    with make("qwen3_vl") as encoder:
+        jobs = [(pixels(encoder, grids, i), grids) for i, grids in enumerate(batches(encoder) * 3)]
+        want = [tensors(encoder.encode_patches(x, grids)) for x, grids in jobs]
+        torch.cuda.synchronize()
+        got: dict[int, list[torch.Tensor]] = {}
+
+        def work(start: int) -> None:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for i in range(start, len(jobs), 3):
+                    got[i] = tensors(encoder.encode_patches(*jobs[i]))
+                torch.cuda.current_stream().synchronize()
+
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for i, expected in enumerate(want):
+            assert all(torch.equal(a, b) for a, b in zip(expected, got[i], strict=True))
+
+
+def test_lazy_capture_and_memory_limit() -> None:
+    with make("qwen3_vl", lazy=True) as encoder:
+        encoder.encode_patches(pixels(encoder, [(1, 8, 8)], 0), [(1, 8, 8)])
+        assert encoder.stats.captured_graphs == 1
+    with make("qwen3_vl", memory_limit=1) as encoder:
+        out = encoder.encode_patches(pixels(encoder, [(1, 8, 8)], 0), [(1, 8, 8)])
+        assert out[0].tokens.isfinite().all()
+        assert encoder.stats.captured_graphs < len(BUDGETS)
+        assert any("memory limit" in reason for reason in encoder.stats.fallbacks)
+
+
+def test_weights_replaced_in_place_are_seen_without_recapture() -> None:
+    with make("qwen3_vl") as encoder:
+        x, grids = pixels(encoder, [(1, 8, 8)], 0), [(1, 8, 8)]
+        before = encoder.encode_patches(x, grids)[0].tokens
+        with torch.no_grad():
+            encoder.tower.merger.fc2.weight.mul_(2)
+        after = encoder.encode_patches(x, grids)[0].tokens
+        assert not torch.equal(before, after)
+        assert torch.equal(after, encoder.encode_patches(x, grids, mode="padded")[0].tokens)
+
+
+def test_memory_is_flat_over_many_calls() -> None:
+    with make("qwen3_vl") as encoder:
+        jobs = [(pixels(encoder, grids, i), grids) for i, grids in enumerate(batches(encoder))]
+        for x, grids in jobs:
+            encoder.encode_patches(x, grids)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        for _ in range(50):
+            for x, grids in jobs:
+                encoder.encode_patches(x, grids)
+        torch.cuda.synchronize()
+        assert torch.cuda.memory_allocated() == before
+
+
+def test_release_frees_device_memory() -> None:
+    make("qwen3_vl").capture(progress=False)  # what the first capture of a process keeps, it keeps
+    gc.collect()
+    torch.cuda.synchronize()
+    encoder = make("qwen3_vl")
+    before = torch.cuda.memory_allocated()
+    encoder.capture(progress=False)
+    assert torch.cuda.memory_allocated() > before
+    encoder.release()
+    assert torch.cuda.memory_allocated() <= before
