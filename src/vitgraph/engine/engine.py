@@ -21,7 +21,7 @@ from vitgraph.engine.buffers import Arena, MetadataLayout, StaticBuffers, with_l
 from vitgraph.engine.graph import CapturedGraph, GraphPool
 from vitgraph.engine.pixels import PieceRows, copy_rows
 from vitgraph.engine.stats import Stats
-from vitgraph.errors import EngineReleasedError, FallbackError
+from vitgraph.errors import EngineReleasedError, FallbackError, PatchError
 from vitgraph.models.contract import Tower, TowerBuffers
 from vitgraph.planning.budgets import Budget, make_budgets
 from vitgraph.planning.metadata import Metadata, MetadataCache
@@ -32,6 +32,8 @@ logger = logging.getLogger("vitgraph")
 Mode = Literal["auto", "padded", "eager"]
 """How packs run: "auto" replays graphs; "padded" runs the same forward on the same padded static buffers without a
 graph; "eager" runs it on buffers of exactly the pack's size."""
+
+COMMON_SIDE = 32
 
 Progress = Callable[[int, int, str], None]
 """Called as `progress(done, total, text)` during capture."""
@@ -81,9 +83,22 @@ class Engine:
         """How items of these grids would run."""
         return plan_packs(self.spec, self.budgets, grids)
 
-    def warm_metadata(self, grids: Iterable[Grid]) -> None:
-        """Computes the metadata of common grids ahead of their first use."""
-        self._cache.warm(grids)
+    def warm_metadata(self, grids: Iterable[Grid] | None = None) -> None:
+        """Computes the metadata of grids ahead of their first use.
+
+        Args:
+            grids: default: the square images of up to 32 x 32 tokens.
+        """
+        self._cache.warm(self._common_grids() if grids is None else grids)
+
+    def _common_grids(self) -> Iterable[Grid]:
+        for side in range(1, COMMON_SIDE + 1):
+            grid = Grid(1, side * self.spec.merge, side * self.spec.merge)
+            try:
+                self.spec.check_grid(grid)
+            except PatchError:
+                continue
+            yield grid
 
     @torch.inference_mode()
     def capture(self, progress: Progress | None = None) -> None:
@@ -91,6 +106,7 @@ class Engine:
         with self._lock, self._guard():
             if self._captured:
                 return
+            self.warm_metadata()
             order = list(reversed(range(len(self.budgets))))
             # Zeros are valid metadata in every layout; what another budget left there need not be.
             self._static(order[0]).arena.block.zero_()
@@ -123,7 +139,7 @@ class Engine:
             if mode == "auto" and not self.config.lazy:
                 self.capture()
             mode = mode if self.config.graph else "eager"
-            packs = plan_packs(self.spec, self.budgets, grids)
+            packs = plan_packs(self.spec, self.budgets, grids, split=mode != "eager")
             pieces: list[list[tuple[Piece, Tensor]]] = [[] for _ in grids]
             self._count_items(packs, len(grids))
             for pack in packs:

@@ -41,19 +41,20 @@ class MetadataCache:
                 self.hits += 1
                 return entry
             self.misses += 1
+        return self._add(grid)
+
+    def warm(self, grids: Iterable[Grid]) -> None:
+        """Computes the entries of these grids ahead of their first use; counts neither as hit nor as miss."""
+        for grid in grids:
+            if grid not in self._entries:
+                self._add(grid)
+
+    def _add(self, grid: Grid) -> Metadata:
         entry = self._compute(grid)
         for array in entry.values():
             array.setflags(write=False)
         with self._lock:
             self._entries[grid] = entry
-            self._entries.move_to_end(grid)
             while len(self._entries) > self._size:
                 self._entries.popitem(last=False)
         return entry
-
-    def warm(self, grids: Iterable[Grid]) -> None:
-        """Computes the entries of these grids ahead of their first use; counts neither as hit nor as miss."""
-        for grid in grids:
-            hits, misses = self.hits, self.misses
-            self.get(grid)
-            self.hits, self.misses = hits, misses

@@ -18,7 +18,7 @@ class CountRule(Protocol):
     def counts(self, grid: Grid) -> Counts: ...
 
 
-def plan_packs(rule: CountRule, budgets: Sequence[Budget], grids: Sequence[Grid]) -> list[Pack]:
+def plan_packs(rule: CountRule, budgets: Sequence[Budget], grids: Sequence[Grid], split: bool = True) -> list[Pack]:
     """Packs items into budgets: best fit decreasing into the largest budget, then the smallest budget that holds
     each pack.
 
@@ -30,6 +30,7 @@ def plan_packs(rule: CountRule, budgets: Sequence[Budget], grids: Sequence[Grid]
         rule: item sizes.
         budgets: ascending; the last one holds whatever any of them holds. May be empty: everything runs eager.
         grids: one per item, in the caller's order.
+        split: whether items may be cut between frames at all.
 
     Returns:
         Packs in the order in which their first item came; pieces of a pack in the caller's order.
@@ -39,7 +40,9 @@ def plan_packs(rule: CountRule, budgets: Sequence[Budget], grids: Sequence[Grid]
     bins: list[tuple[list[Piece], Counts]] = []
     eager: list[Pack] = []
     largest = budgets[-1].capacity
-    pieces = [piece for i, grid in enumerate(grids) for piece in _pieces(rule, i, grid, largest)]
+    pieces = [Piece(i, grid) for i, grid in enumerate(grids)]
+    if split and rule.splits_by_frame:
+        pieces = [part for piece in pieces for part in _cut(rule, piece, largest)]
     for piece in sorted(pieces, key=lambda p: -p.grid.patches):
         counts = rule.counts(piece.grid)
         if not fits(counts, largest):
@@ -50,11 +53,13 @@ def plan_packs(rule: CountRule, budgets: Sequence[Budget], grids: Sequence[Grid]
     return sorted(packs + eager, key=lambda pack: pack.pieces[0])
 
 
-def _pieces(rule: CountRule, item: int, grid: Grid, largest: Counts) -> list[Piece]:
-    """The item whole if it fits or cannot be cut, else in runs of as many frames as the largest budget holds."""
+def _cut(rule: CountRule, piece: Piece, largest: Counts) -> list[Piece]:
+    """The item whole if it fits or not even one frame does, else in runs of as many frames as the largest budget
+    holds."""
+    item, grid = piece.item, piece.grid
     frame = rule.counts(Grid(1, grid.h, grid.w))
-    if fits(rule.counts(grid), largest) or not (rule.splits_by_frame and grid.t > 1 and fits(frame, largest)):
-        return [Piece(item, grid)]
+    if fits(rule.counts(grid), largest) or not fits(frame, largest):
+        return [piece]
     frames = grid.t
     while not fits(rule.counts(Grid(frames, grid.h, grid.w)), largest):
         frames -= 1

@@ -1,0 +1,212 @@
+"""The engine on the CPU: same packing, padding and static buffers, replayed by calling forward."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from vitgraph import EncoderConfig, VisionEncoder
+from vitgraph.errors import ConfigError, EngineReleasedError, FallbackError, PatchError
+
+GRIDS = [(1, 8, 8), (1, 2, 2), (1, 6, 10), (1, 2, 20)]
+
+
+def make(**settings) -> VisionEncoder:
+    return VisionEncoder.from_config("qwen3_vl", device="cpu", config=EncoderConfig(**settings))
+
+
+def rows_of(encoder, grids, seed=0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(sum(t * h * w for t, h, w in grids), encoder.spec.patch_width, generator=generator)
+
+
+def alone(encoder, x, grids):
+    """The slow reference: one item per call, buffers of exactly its size."""
+    out, row = [], 0
+    for grid in grids:
+        rows = int(np.prod(grid))
+        out += encoder.encode_patches(x[row : row + rows], [grid], mode="eager")
+        row += rows
+    return out
+
+
+def assert_same(got, want) -> None:
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.tokens, b.tokens, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(a.deepstack, b.deepstack, rtol=1e-5, atol=1e-5)
+        assert a.grid == b.grid
+
+
+def test_counters_tell_what_ran() -> None:
+    encoder = make(budgets=(32, 64))
+    encoder.encode_patches(rows_of(encoder, GRIDS), GRIDS)
+    stats = encoder.stats
+    tokens = sum(h * w // 4 for _, h, w in GRIDS)
+    assert (stats.items, stats.real_tokens) == (4, tokens)
+    assert stats.padded_tokens >= tokens
+    assert stats.padding == pytest.approx(1 - tokens / stats.padded_tokens)
+    assert stats.packs == stats.replays
+    assert (stats.metadata_hits, stats.metadata_misses) == (0, 4)
+    encoder.encode_patches(rows_of(encoder, GRIDS), GRIDS)
+    assert encoder.stats.metadata_hits == 4
+    assert stats.items == 4, "a snapshot does not move"
+
+
+@pytest.mark.parametrize(
+    "settings, grids, fallback",
+    [
+        ({"budgets": (16,)}, [(1, 20, 20), (1, 4, 4)], "patch+token"),
+        ({"budgets": (64,), "max_items": 1}, [(1, 4, 4)] * 5, None),
+        ({"budgets": (64,), "max_frames": 2, "max_items": 2}, [(7, 4, 4), (1, 4, 4)], None),
+        ({"budgets": (8,)}, [(40, 4, 4)], None),
+        ({"budgets": (1,)}, [(3, 4, 4)], "patch+token"),
+    ],
+    ids=["too large", "too many items", "too many frames", "long clip", "nothing fits"],
+)
+def test_whatever_does_not_fit_is_split_or_eager_and_counted(settings, grids, fallback) -> None:
+    encoder = make(**settings)
+    x = rows_of(encoder, grids)
+    assert_same(encoder.encode_patches(x, grids), alone(encoder, x, grids))
+    reasons = encoder.stats.fallbacks
+    if fallback is None:
+        assert not reasons
+    else:
+        assert any(fallback in reason for reason in reasons)
+        assert encoder.stats.eager_packs == sum(reasons.values())
+    assert encoder.stats.split_items == sum(t > 1 for t, _, _ in grids) * (fallback is None)
+
+
+def test_a_fallback_is_logged_once(caplog) -> None:
+    encoder = make(budgets=(16,))
+    for seed in range(3):
+        encoder.encode_patches(rows_of(encoder, [(1, 20, 20)], seed), [(1, 20, 20)])
+    assert [r.levelname for r in caplog.records if "running eager" in r.message] == ["WARNING"]
+
+
+def test_strict_raises_instead_of_falling_back() -> None:
+    encoder = make(budgets=(16,), strict=True)
+    with pytest.raises(FallbackError, match=r"1x20x20.*patch\+token"):
+        encoder.encode_patches(rows_of(encoder, [(1, 20, 20)]), [(1, 20, 20)])
+    assert len(encoder.encode_patches(rows_of(encoder, [(1, 4, 4)]), [(1, 4, 4)])) == 1
+
+
+def test_without_graphs_packs_run_on_exact_buffers_and_nothing_counts_as_fallback() -> None:
+    encoder = make(graph=False)
+    x = rows_of(encoder, GRIDS)
+    assert_same(encoder.encode_patches(x, GRIDS), alone(encoder, x, GRIDS))
+    assert encoder.stats.replays == 0
+    assert encoder.stats.fallbacks == {}
+
+
+def test_stale_rows_of_a_larger_pack_do_not_show() -> None:
+    encoder = make(budgets=(16, 128))
+    large = [(1, 20, 20)]
+    for seed in range(3):
+        encoder.encode_patches(rows_of(encoder, large, seed), large)
+        x = rows_of(encoder, GRIDS[:2], seed)
+        assert_same(encoder.encode_patches(x, GRIDS[:2]), alone(encoder, x, GRIDS[:2]))
+
+
+def test_results_do_not_alias_the_static_buffers() -> None:
+    encoder = make(budgets=(64,))
+    first = encoder.encode_patches(rows_of(encoder, GRIDS[:1]), GRIDS[:1])[0]
+    kept = first.tokens.clone()
+    encoder.encode_patches(rows_of(encoder, GRIDS[:1], seed=9), GRIDS[:1])
+    assert torch.equal(first.tokens, kept)
+
+
+def test_threads_may_share_an_encoder() -> None:
+    encoder = make(budgets=(32, 64))
+    jobs = [(rows_of(encoder, [grid], i), [grid]) for i, grid in enumerate(GRIDS * 3)]
+    want = [encoder.encode_patches(x, g)[0].tokens for x, g in jobs]
+    got = {}
+
+    def work(start: int) -> None:
+        for i in range(start, len(jobs), 3):
+            got[i] = encoder.encode_patches(*jobs[i])[0].tokens
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(got[i], tokens) for i, tokens in enumerate(want))
+
+
+def test_a_released_encoder_says_so() -> None:
+    with make() as encoder:
+        encoder.encode_patches(rows_of(encoder, GRIDS), GRIDS)
+    with pytest.raises(EngineReleasedError, match="from_pretrained"):
+        encoder.encode_patches(rows_of(encoder, GRIDS), GRIDS)
+
+
+def test_an_empty_batch_gives_an_empty_list() -> None:
+    encoder = make()
+    assert encoder.encode([]) == []
+    assert encoder.encode_patches(torch.empty(0, encoder.spec.patch_width), []) == []
+
+
+@pytest.mark.parametrize(
+    "rows, grids, message",
+    [
+        (torch.zeros(64, 7), [(1, 8, 8)], r"shape \(64, 7\).*\[patches, 1536\]"),
+        (torch.zeros(64), [(1, 8, 8)], "shape"),
+        (torch.zeros(60, 1536), [(1, 8, 8)], "60 rows.*64 patches"),
+        (torch.zeros(64, 1536, dtype=torch.uint8), [(1, 8, 8)], "floating point.*uint8"),
+        (torch.zeros(63, 1536), [(1, 7, 9)], "multiples of 2"),
+        (torch.zeros(64, 1536), [(0, 8, 8)], "positive"),
+        (torch.zeros(64, 1536), [(8, 8)], r"\(t, h, w\)"),
+        (torch.zeros(64, 1536), torch.tensor([[1.0, 8, 8]]), "whole"),
+        ("pixels", [(1, 8, 8)], "floating point"),
+    ],
+)
+def test_patches_that_do_not_fit_are_refused(rows, grids, message) -> None:
+    with pytest.raises(PatchError, match=message):
+        make().encode_patches(rows, grids)
+
+
+def test_images_only_families_refuse_clips() -> None:
+    encoder = VisionEncoder.from_config("kimi_vl", device="cpu")
+    with pytest.raises(PatchError, match="images only"):
+        encoder.encode_patches(torch.zeros(128, encoder.spec.patch_width), [(2, 8, 8)])
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"device": "tpu"}, "tpu"),
+        ({"device": "meta"}, "not supported"),
+        ({"dtype": "float64"}, "float64.*bfloat16"),
+        ({"dtype": torch.int8}, "int8"),
+        ({"device": "cpu", "config": EncoderConfig(attention="varlen")}, "CUDA"),
+    ],
+)
+def test_impossible_places_are_refused(settings, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        VisionEncoder.from_config("qwen3_vl", **settings)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_a_device_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no CUDA device"):
+        VisionEncoder.from_config("qwen3_vl", device="cuda")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_stays_near_fp32(dtype: str) -> None:
+    narrow = VisionEncoder.from_config("qwen3_vl", device="cpu", dtype=dtype)
+    full = make()
+    x = rows_of(full, GRIDS)
+    for a, b in zip(narrow.encode_patches(x, GRIDS), full.encode_patches(x, GRIDS), strict=True):
+        assert a.tokens.dtype == getattr(torch, dtype)
+        assert ((a.tokens.float() - b.tokens).norm() / b.tokens.norm()) < 0.03
+
+
+def test_the_default_ladder_and_common_grids_are_ready_after_warming() -> None:
+    encoder = make()
+    encoder.engine.warm_metadata()
+    encoder.encode_patches(rows_of(encoder, [(1, 8, 8)]), [(1, 8, 8)])
+    assert (encoder.stats.metadata_hits, encoder.stats.metadata_misses) == (1, 0)

@@ -1,0 +1,96 @@
+"""Packing: nothing lost, nothing split without need, limits held, order restored."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vitgraph.config import EncoderConfig
+from vitgraph.core import Grid, add_counts, fits
+from vitgraph.planning.budgets import make_budgets
+from vitgraph.planning.packing import plan_packs
+
+
+class Rule:
+    """m = 2, one segment per frame."""
+
+    unit = 1
+
+    def __init__(self, splits_by_frame: bool = True) -> None:
+        self.splits_by_frame = splits_by_frame
+
+    def counts(self, grid: Grid) -> dict[str, int]:
+        return {"patch": grid.patches, "token": grid.patches // 4, "item": 1, "segment": grid.t}
+
+    def capacity(self, tokens: int, max_items: int, max_frames: int) -> dict[str, int]:
+        return {"patch": 4 * tokens, "token": tokens, "item": max_items, "segment": max(max_items, max_frames)}
+
+
+grids = st.builds(lambda t, h, w: Grid(t, 2 * h, 2 * w), st.integers(1, 12), st.integers(1, 20), st.integers(1, 20))
+ladders = st.lists(st.integers(1, 800), min_size=1, max_size=8)
+limits = st.one_of(st.none(), st.integers(1, 12))
+
+
+@given(st.lists(grids, max_size=30), ladders, limits, limits, st.booleans())
+def test_every_item_runs_once_within_every_limit(items, ladder, max_items, max_frames, splits) -> None:
+    rule = Rule(splits)
+    config = EncoderConfig(budgets=tuple(ladder), max_items=max_items, max_frames=max_frames)
+    budgets = make_budgets(rule, config)
+    packs = plan_packs(rule, budgets, items)
+
+    frames = defaultdict(list)
+    for pack in packs:
+        total: dict[str, int] = {}
+        for piece in pack.pieces:
+            total = add_counts(total, rule.counts(piece.grid))
+            frames[piece.item] += range(piece.first_frame, piece.first_frame + piece.grid.t)
+            assert piece.grid[1:] == items[piece.item][1:]
+        assert pack.counts == total
+        if pack.budget is None:
+            assert pack.reason
+            assert len(pack.pieces) == 1
+        else:
+            assert fits(total, budgets[pack.budget].capacity)
+            assert not any(fits(total, smaller.capacity) for smaller in budgets[: pack.budget])
+        assert list(pack.pieces) == sorted(pack.pieces)
+
+    assert sorted(frames) == list(range(len(items)))
+    assert all(sorted(seen) == list(range(items[item].t)) for item, seen in frames.items())
+
+
+@given(st.lists(grids, max_size=30), ladders)
+def test_items_that_fit_stay_whole_and_leave_the_graph_only_when_they_must(items, ladder) -> None:
+    rule = Rule()
+    budgets = make_budgets(rule, EncoderConfig(budgets=tuple(ladder)))
+    largest = budgets[-1].capacity
+    for pack in plan_packs(rule, budgets, items):
+        for piece in pack.pieces:
+            whole = items[piece.item]
+            if fits(rule.counts(whole), largest):
+                assert piece.grid == whole
+            one_frame = rule.counts(Grid(1, whole.h, whole.w))
+            assert (pack.budget is None) == (not fits(one_frame, largest))
+
+
+def test_clips_whose_frames_depend_on_each_other_are_not_cut() -> None:
+    rule = Rule(splits_by_frame=False)
+    budgets = make_budgets(rule, EncoderConfig(budgets=(64,)))
+    (pack,) = plan_packs(rule, budgets, [Grid(9, 8, 8)])
+    assert pack.budget is None
+    assert "patch+token+segment" in pack.reason
+
+
+def test_small_items_share_a_pack_and_keep_the_callers_order() -> None:
+    rule = Rule()
+    budgets = make_budgets(rule, EncoderConfig(budgets=(64, 256)))
+    items = [Grid(1, 4, 4), Grid(1, 20, 20), Grid(1, 6, 4)]
+    (pack,) = plan_packs(rule, budgets, items)
+    assert [piece.item for piece in pack.pieces] == [0, 1, 2]
+    assert budgets[pack.budget].tokens == 256
+
+
+def test_without_items_there_is_no_pack() -> None:
+    rule = Rule()
+    assert plan_packs(rule, make_budgets(rule, EncoderConfig()), []) == []
