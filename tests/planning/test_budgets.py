@@ -76,7 +76,7 @@ def test_limits_override_the_defaults() -> None:
     ],
 )
 def test_impossible_settings_are_refused_with_the_remedy(settings: dict) -> None:
-    with pytest.raises(ConfigError, match="positive|list of|larger than|known"):
+    with pytest.raises(ConfigError, match=r"positive|list of|larger than|known"):
         EncoderConfig(**settings)
 
 
