@@ -48,3 +48,19 @@ def test_backend_equals_fp32(backend: str, case: str, head_dim: int) -> None:
     assert (out[sum(lengths) :] == 0).all()
     if lengths:
         assert ((out.float() - want).norm() / want.norm()).item() < 5e-3
+
+
+@pytest.mark.parametrize("head_dim", [64, 72, 80, 128])
+def test_the_kernel_without_tensor_descriptors_equals_the_one_with_them(head_dim: int) -> None:
+    from vitgraph.attention.triton_varlen import has_tma, launch
+
+    if not has_tma(torch.device("cuda")):
+        pytest.skip("no tensor descriptors on this device")
+    rows, lengths = CASES["ragged"]
+    cu = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    schedule = np.empty((tile_bound(rows, len(lengths), 64), 4), np.int32)
+    write_tiles(cu, rows, 64, schedule)
+    tiles = torch.from_numpy(schedule).cuda()
+    q, k, v = torch.randn(rows, 3, 4, head_dim, device="cuda", dtype=torch.bfloat16).unbind(1)
+    plain, described = (launch(q, k, v, tiles, 64, head_dim**-0.5, tma=tma) for tma in (False, True))
+    assert ((plain - described).float().norm() / plain.float().norm()).item() < 5e-3

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
 import torch
 
+from families import clip_grids, image_grids
 from vitgraph import EncoderConfig, VisionEncoder
+from vitgraph.core import Grid
 from vitgraph.models.registry import families
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 FAMILIES = [family.name for family in families()]
-BUDGETS = (64, 160, 320)
+BUDGETS = (64, 160, 512)
 
 
 def make(family: str, **settings: object) -> VisionEncoder:
@@ -22,18 +27,15 @@ def make(family: str, **settings: object) -> VisionEncoder:
     return VisionEncoder.from_config(family, device="cuda", dtype="bfloat16", config=EncoderConfig(**settings))
 
 
-def batches(encoder: VisionEncoder) -> list[list[tuple[int, int, int]]]:
-    """Batches that need the budgets in mixed order, small after large and back."""
-    images = [[(1, 8, 8)], [(1, 20, 24), (1, 2, 2)], [(1, 30, 34)], [(1, 4, 6)] * 3, [(1, 20, 24), (1, 6, 10)]]
-    if "video" in encoder.spec.modalities:
-        images += [[(3, 8, 6), (1, 4, 4)], [(2, 20, 20)], [(2, 4, 8)]]
-    fixed = getattr(encoder.tower, "tile_grid", None)
-    if fixed is not None:
-        images = [[(t, *fixed)] for t in (1, 3, 2, 1)] + [[(1, *fixed), (2, *fixed)]]
-    return images
+def batches(encoder: VisionEncoder) -> list[list[Grid]]:
+    """Batches that need the budgets in mixed order, small after large and back, clips beside images."""
+    images, clips = image_grids(encoder.spec), clip_grids(encoder.spec)
+    small, large = sorted(images)[0], sorted(images, key=lambda g: g.patches)[-1]
+    out = [[large], [small], [large, small], [small] * 3, images, [large, large]]
+    return out + [[clip, small] for clip in clips] + ([clips] if clips else [])
 
 
-def pixels(encoder: VisionEncoder, grids: list[tuple[int, int, int]], seed: int) -> torch.Tensor:
+def pixels(encoder: VisionEncoder, grids: list[Grid], seed: int) -> torch.Tensor:
     generator = torch.Generator("cuda").manual_seed(seed)
     rows = sum(t * h * w for t, h, w in grids)
     return torch.randn(rows, encoder.spec.patch_width, generator=generator, device="cuda", dtype=torch.bfloat16)
@@ -56,6 +58,7 @@ def test_graph_equals_eager_on_the_same_padded_buffers_bitwise(family: str, comp
             assert all(t.isfinite().all() for t in replayed)
         used = encoder.stats
         assert used.graph_replays >= len(batches(encoder)) * 2
+        assert used.captured_graphs == len(encoder.budgets)
         assert not used.fallbacks
 
 
@@ -205,3 +208,27 @@ def test_release_frees_device_memory() -> None:
     assert torch.cuda.memory_allocated() > before
     encoder.release()
     assert torch.cuda.memory_allocated() <= before
+
+
+COMPILE_SCRIPT = """
+import torch
+from torch._dynamo.utils import counters
+from vitgraph import EncoderConfig, VisionEncoder
+config = EncoderConfig(compile=True, budgets=(64, 160))
+with VisionEncoder.from_config("qwen3_vl", device="cuda", config=config) as encoder:
+    encoder.capture(progress=False)
+print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"])
+"""
+
+
+def test_a_second_process_reuses_compiled_code_from_disk(tmp_path) -> None:
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    counts = []
+    for _ in range(2):
+        run = subprocess.run([sys.executable, "-c", COMPILE_SCRIPT], env=environment, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        counts.append([int(n) for n in run.stdout.split()])
+    (_, first_misses), (hits, misses) = counts
+    assert first_misses > 0
+    assert hits > 0
+    assert misses == 0

@@ -8,6 +8,9 @@ Shapes: T rows, H heads, Dh head dim.
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -17,23 +20,79 @@ from vitgraph.attention.base import Segments
 
 LOG2_E = 1.4426950408889634
 SMALL_BLOCK, LARGE_BLOCK = 64, 128
-LARGE_ROWS = 2048
+LARGE_ROWS = 1024
 KEY_BLOCK = 64
 
 
 @triton.jit
-def _columns(base, rows, stride, first, head_dim, WIDTH: tl.constexpr, row_mask):
-    """Rows x WIDTH columns from column `first`, zero outside the head and outside `row_mask`."""
-    cols = first + tl.arange(0, WIDTH)
-    mask = row_mask[:, None] & (cols < head_dim)[None, :]
+def _columns(base, rows, stride, FIRST: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, row_mask):
+    """Rows x WIDTH columns from column FIRST, zero outside the head and outside `row_mask`."""
+    cols = FIRST + tl.arange(0, WIDTH)
+    mask = row_mask[:, None] & (cols < HEAD_DIM)[None, :]
     return tl.load(base + rows[:, None] * stride + cols[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def _store_columns(base, rows, stride, first, head_dim, WIDTH: tl.constexpr, row_mask, values):
-    cols = first + tl.arange(0, WIDTH)
-    mask = row_mask[:, None] & (cols < head_dim)[None, :]
+def _store_columns(base, rows, stride, FIRST: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, mask, values):
+    cols = FIRST + tl.arange(0, WIDTH)
+    mask = mask[:, None] & (cols < HEAD_DIM)[None, :]
     tl.store(base + rows[:, None] * stride + cols[None, :], values, mask=mask)
+
+
+@triton.jit
+def _attend(
+    state,
+    q,
+    q_rest,
+    k_base,
+    v_base,
+    k_desc,
+    v_desc,
+    column,
+    start,
+    key_end,
+    stride_k,
+    stride_v,
+    scale_log2,
+    HEAD_DIM: tl.constexpr,
+    WIDE: tl.constexpr,
+    REST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    RAGGED: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """One step of the online softmax over BLOCK_N keys; RAGGED when some of them lie past the segment."""
+    acc, acc_rest, top, total = state
+    keys = start + tl.arange(0, BLOCK_N)
+    key_mask = keys < key_end
+    keys = keys.to(tl.int64)
+    if TMA:  # noqa: SIM108
+        k = k_desc.load([start, column])
+    else:
+        k = _columns(k_base, keys, stride_k, 0, HEAD_DIM, WIDE, key_mask)
+    scores = tl.dot(q, tl.trans(k))
+    if REST > 0:
+        k_rest = _columns(k_base, keys, stride_k, WIDE, HEAD_DIM, REST, key_mask)
+        scores = tl.dot(q_rest, tl.trans(k_rest), scores)
+    if RAGGED:
+        scores = tl.where(key_mask[None, :], scores, float("-inf"))
+    higher = tl.maximum(top, tl.max(scores, 1) * scale_log2)
+    p = tl.exp2(scores * scale_log2 - higher[:, None])
+    shrink = tl.exp2(top - higher)
+    total = total * shrink + tl.sum(p, 1)
+    p = p.to(q.dtype)
+    if TMA:
+        v = v_desc.load([start, column])
+        if RAGGED:
+            # Past the segment lies whatever comes next, and 0 x NaN would reach this segment's rows.
+            v = tl.where(key_mask[:, None], v, 0.0)
+    else:
+        v = _columns(v_base, keys, stride_v, 0, HEAD_DIM, WIDE, key_mask)
+    acc = tl.dot(p, v, acc * shrink[:, None])
+    if REST > 0:
+        v_rest = _columns(v_base, keys, stride_v, WIDE, HEAD_DIM, REST, key_mask)
+        acc_rest = tl.dot(p, v_rest, acc_rest * shrink[:, None])
+    return acc, acc_rest, higher, total
 
 
 @triton.jit
@@ -42,6 +101,8 @@ def _varlen_kernel(
     k_ptr,
     v_ptr,
     out_ptr,
+    k_desc,
+    v_desc,
     tiles_ptr,
     stride_q,
     stride_k,
@@ -56,10 +117,12 @@ def _varlen_kernel(
     REST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """One program is one tile of queries of one head. WIDE + REST >= HEAD_DIM; REST is 0 for powers of two.
 
-    Head strides are constants, so that the compiler sees that a head of 72 starts on 16 bytes.
+    Head strides are constants, so that the compiler sees that a head of 72 starts on 16 bytes. With TMA, keys and
+    values of the first WIDE columns come through tensor descriptors of block [BLOCK_N, WIDE] (Hopper and later).
     """
     tile = tiles_ptr + tl.program_id(0) * 4
     row_start = tl.load(tile)
@@ -75,34 +138,30 @@ def _varlen_kernel(
         k_base = k_ptr + head * HEAD_K
         v_base = v_ptr + head * HEAD_V
         q = _columns(q_base, rows, stride_q, 0, HEAD_DIM, WIDE, row_mask)
-        acc = tl.zeros([BLOCK_M, WIDE], tl.float32)
+        q_rest = q
         if REST > 0:
             q_rest = _columns(q_base, rows, stride_q, WIDE, HEAD_DIM, REST, row_mask)
-            acc_rest = tl.zeros([BLOCK_M, REST], tl.float32)
+        acc = tl.zeros([BLOCK_M, WIDE], tl.float32)
+        acc_rest = tl.zeros([BLOCK_M, REST if REST > 0 else 16], tl.float32)
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
-        for start in range(key_start, key_end, BLOCK_N):
-            keys = start + tl.arange(0, BLOCK_N)
-            # Rows outside the segment load as zeros: a NaN there never meets the dot product.
-            key_mask = keys < key_end
-            keys = keys.to(tl.int64)
-            k = _columns(k_base, keys, stride_k, 0, HEAD_DIM, WIDE, key_mask)
-            scores = tl.dot(q, tl.trans(k))
-            if REST > 0:
-                k_rest = _columns(k_base, keys, stride_k, WIDE, HEAD_DIM, REST, key_mask)
-                scores = tl.dot(q_rest, tl.trans(k_rest), scores)
-            scores = tl.where(key_mask[None, :], scores, float("-inf"))
-            higher = tl.maximum(top, tl.max(scores, 1) * scale_log2)
-            p = tl.exp2(scores * scale_log2 - higher[:, None])
-            shrink = tl.exp2(top - higher)
-            total = total * shrink + tl.sum(p, 1)
-            top = higher
-            p = p.to(v_ptr.dtype.element_ty)
-            v = _columns(v_base, keys, stride_v, 0, HEAD_DIM, WIDE, key_mask)
-            acc = tl.dot(p, v, acc * shrink[:, None])
-            if REST > 0:
-                v_rest = _columns(v_base, keys, stride_v, WIDE, HEAD_DIM, REST, key_mask)
-                acc_rest = tl.dot(p, v_rest, acc_rest * shrink[:, None])
+        state = acc, acc_rest, top, total
+        # Both loops are pipelined. Loads that are not (an `if` for the ragged end, one stage) gave wrong values in
+        # the REST columns with Triton 3.6 on Hopper.
+        ragged = key_start
+        if TMA:
+            ragged = key_start + (key_end - key_start) // BLOCK_N * BLOCK_N
+            for start in range(key_start, ragged, BLOCK_N):
+                state = _attend(
+                    state, q, q_rest, k_base, v_base, k_desc, v_desc, head * HEAD_DIM, start, key_end, stride_k,
+                    stride_v, scale_log2, HEAD_DIM, WIDE, REST, BLOCK_N, False, TMA,
+                )  # fmt: skip
+        for start in range(ragged, key_end, BLOCK_N):
+            state = _attend(
+                state, q, q_rest, k_base, v_base, k_desc, v_desc, head * HEAD_DIM, start, key_end, stride_k,
+                stride_v, scale_log2, HEAD_DIM, WIDE, REST, BLOCK_N, True, TMA,
+            )  # fmt: skip
+        acc, acc_rest, top, total = state
         # A tile without keys keeps total = 0 and acc = 0: its rows are written as zeros.
         inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
         out_base = out_ptr + head * HEAD_DIM
@@ -120,14 +179,30 @@ def split_head_dim(head_dim: int) -> tuple[int, int]:
     return wide, max(16, 1 << (rest - 1).bit_length()) if rest else 0
 
 
-def _launch(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, block: int, scale: float) -> Tensor:
+@cache
+def has_tma(device: torch.device) -> bool:
+    """Whether the device loads tiles through tensor descriptors (Hopper and later)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def launch(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, block: int, scale: float, tma: bool) -> Tensor:
+    """Runs the kernel: `q`, `k`, `v [T, H, Dh]` with contiguous heads, `tiles [tiles, 4]`; see `VarlenAttention`."""
+    rows, heads, head_dim = q.shape
+    assert head_dim % 8 == 0, "a head must start on 16 bytes"
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    wide, rest = split_head_dim(q.shape[2])
-    _varlen_kernel[(tiles.shape[0], q.shape[1])](
+    wide, rest = split_head_dim(head_dim)
+    k_desc = v_desc = tiles
+    if tma and all(x.stride(1) == head_dim for x in (k, v)):
+        k_desc, v_desc = (_descriptor(x, rows, heads * head_dim, wide) for x in (k, v))
+    else:
+        tma = False
+    _varlen_kernel[(tiles.shape[0], heads)](
         q,
         k,
         v,
         out,
+        k_desc,
+        v_desc,
         tiles,
         q.stride(0),
         k.stride(0),
@@ -137,20 +212,27 @@ def _launch(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, block: int, scale: f
         HEAD_Q=q.stride(1),
         HEAD_K=k.stride(1),
         HEAD_V=v.stride(1),
-        HEAD_DIM=q.shape[2],
+        HEAD_DIM=head_dim,
         WIDE=wide,
         REST=rest,
         BLOCK_M=block,
         BLOCK_N=KEY_BLOCK,
-        num_warps=4 if block <= LARGE_BLOCK else 8,
-        num_stages=3,
+        TMA=tma,
+        num_warps=4,
+        num_stages=3 if wide + rest <= 128 else 2,
     )
     return out
 
 
+def _descriptor(x: Tensor, rows: int, columns: int, wide: int) -> Any:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(x, [rows, columns], [x.stride(0), 1], [KEY_BLOCK, wide])
+
+
 @torch.library.custom_op("vitgraph::varlen_attention", mutates_args=())
 def _varlen_op(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, block: int, scale: float) -> Tensor:
-    return _launch(q, k, v, tiles, block, scale)
+    return launch(q, k, v, tiles, block, scale, has_tma(q.device))
 
 
 @_varlen_op.register_fake
@@ -164,10 +246,10 @@ class TritonVarlenAttention:
     name = "triton"
 
     def block(self, rows: int, longest: int) -> int:
-        return LARGE_BLOCK if min(rows, longest) >= LARGE_ROWS else SMALL_BLOCK
+        return LARGE_BLOCK if rows >= LARGE_ROWS and longest >= LARGE_BLOCK else SMALL_BLOCK
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
         assert segments.tiles is not None, "the Triton backend needs a tile schedule"
         if torch.compiler.is_compiling():
             return _varlen_op(q, k, v, segments.tiles, segments.block, scale)
-        return _launch(q, k, v, segments.tiles, segments.block, scale)
+        return launch(q, k, v, segments.tiles, segments.block, scale, has_tma(q.device))

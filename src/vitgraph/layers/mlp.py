@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Literal
 
 import torch
@@ -24,7 +25,23 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
     return F.silu(x)
 
 
-class Mlp(nn.Module):
+class BlockMlp(nn.Module, ABC):
+    """An MLP in two halves, so that a block may merge the second one's GEMM with the residual."""
+
+    @abstractmethod
+    def up(self, x: Tensor) -> Tensor:
+        """`[P, D] -> [P, F]`."""
+
+    @property
+    @abstractmethod
+    def down(self) -> nn.Linear:
+        """The last linear, F -> D."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x))
+
+
+class Mlp(BlockMlp):
     """Linear, activation, Linear."""
 
     def __init__(self, dim: int, hidden: int, activation: Activation = "gelu_tanh") -> None:
@@ -33,13 +50,17 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def up(self, x: Tensor) -> Tensor:
         if self.activation == "gelu_tanh":
-            return self.fc2(linear_gelu_tanh(x, self.fc1.weight, self.fc1.bias))
-        return self.fc2(activate(self.fc1(x), self.activation))
+            return linear_gelu_tanh(x, self.fc1.weight, self.fc1.bias)
+        return activate(self.fc1(x), self.activation)
+
+    @property
+    def down(self) -> nn.Linear:
+        return self.fc2
 
 
-class GatedMlp(nn.Module):
+class GatedMlp(BlockMlp):
     """`down(activation(gate(x)) * up(x))`, optionally with another output width."""
 
     def __init__(
@@ -51,5 +72,9 @@ class GatedMlp(nn.Module):
         self.up_proj = nn.Linear(dim, hidden, bias=bias)
         self.down_proj = nn.Linear(hidden, out_dim or dim, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(activate(self.gate_proj(x), self.activation) * self.up_proj(x))
+    def up(self, x: Tensor) -> Tensor:
+        return activate(self.gate_proj(x), self.activation) * self.up_proj(x)
+
+    @property
+    def down(self) -> nn.Linear:
+        return self.down_proj

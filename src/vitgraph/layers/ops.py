@@ -9,10 +9,12 @@ from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from vitgraph.layers.norm import RMSNorm
 from vitgraph.layers.rotary import apply_rotary
 
+HALF_DTYPES = (torch.bfloat16, torch.float16)
 HAS_TRITON = find_spec("triton") is not None
 
 
@@ -39,6 +41,22 @@ def _rotate(qk: Tensor, cos: Tensor, sin: Tensor) -> None:
 @torch.library.custom_op("vitgraph::rotate_qk", mutates_args=("qk",))
 def _rotate_op(qk: Tensor, cos: Tensor, sin: Tensor) -> None:
     _rotate(qk, cos, sin)
+
+
+def fuses_residual(x: Tensor, norm: nn.Module) -> bool:
+    """Whether `norm_and_add` has a kernel for this input and norm; torch.compile fuses better by itself."""
+    if not (x.is_cuda and HAS_TRITON and x.dtype in HALF_DTYPES) or torch.compiler.is_compiling():
+        return False
+    return isinstance(norm, (nn.LayerNorm, RMSNorm))
+
+
+def norm_and_add(x: Tensor, norm: nn.Module, add: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`norm(x)` and `x + add` (`x` itself without `add`) in one kernel, where `fuses_residual` says so."""
+    from vitgraph.layers import norm_triton
+
+    assert isinstance(norm, (nn.LayerNorm, RMSNorm))
+    bias = norm.bias if isinstance(norm, nn.LayerNorm) else None
+    return norm_triton.norm_and_add(x, norm.weight, bias, norm.eps, add)
 
 
 def linear_gelu_tanh(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -81,6 +81,7 @@ class Qwen3VLConfig:
 class Qwen3VLTower(Tower):
     """Patch embedding, blocks, merger and deepstack mergers."""
 
+    family = "qwen3_vl"
     frequencies: Tensor
 
     def __init__(self, config: Qwen3VLConfig, attention: VarlenAttention) -> None:
@@ -88,7 +89,7 @@ class Qwen3VLTower(Tower):
         dim, heads = config.hidden_size, config.num_heads
         self.config = config
         self.spec = TowerSpec(
-            family="qwen3_vl",
+            family=self.family,
             modalities=("image", "video"),
             patch_width=int(np.prod(config.kernel)),
             merge=config.spatial_merge_size,
@@ -173,6 +174,13 @@ def processor(config: Qwen3VLConfig, image: Json | None, video: Json | None) -> 
         patch_size=config.patch_size,
         temporal_patch_size=config.temporal_patch_size,
         merge_size=config.spatial_merge_size,
+        image_mean=(0.5, 0.5, 0.5),
+        image_std=(0.5, 0.5, 0.5),
+        video_scope="clip",
+        video_min_pixels=128 * 32 * 32,
+        video_max_pixels=768 * 32 * 32,
+        sampling="spread",
+        max_video_tokens=768,
     )
 
 

@@ -14,7 +14,7 @@ from vitgraph.models.contract import Tower
 from vitgraph.models.layout import Layout
 from vitgraph.preprocess.processor import Processor
 
-MODULES = ("qwen3_vl", "kimi_vl")
+MODULES = ("qwen3_vl", "kimi_vl", "qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_omni")
 """Modules of vitgraph.models, one family each; every module defines `FAMILY`."""
 
 Json = Mapping[str, Any]

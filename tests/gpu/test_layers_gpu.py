@@ -1,0 +1,74 @@
+"""On a GPU: each fused kernel of the block against its plain form."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vitgraph.layers.block import Attention, Block
+from vitgraph.layers.mlp import GatedMlp, Mlp
+from vitgraph.layers.norm import RMSNorm
+from vitgraph.layers.ops import linear_gelu_tanh, norm_and_add, rotate_qk
+from vitgraph.layers.rotary import apply_rotary
+from vitgraph.models.weights import randomise
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return ((got.float() - want.float()).norm() / want.float().norm()).item()
+
+
+@pytest.mark.parametrize("heads, head_dim", [(16, 72), (4, 16), (12, 128), (25, 128)])
+def test_rotary_equals_its_plain_form_bitwise(heads: int, head_dim: int) -> None:
+    qkv = torch.randn(37, 3, heads, head_dim, device="cuda", dtype=torch.bfloat16)
+    angles = torch.randn(37, head_dim // 2, device="cuda")
+    want = apply_rotary(qkv[:, :2], angles.cos(), angles.sin())
+    untouched = qkv[:, 2].clone()
+    got = rotate_qk(qkv[:, :2], angles.cos(), angles.sin())
+    assert error(got, want) < 1e-3
+    assert torch.equal(qkv[:, 2], untouched)
+
+
+@pytest.mark.parametrize("dim", [64, 1152, 1280, 1536, 3200])
+@pytest.mark.parametrize("kind", [nn.LayerNorm, RMSNorm])
+def test_norm_equals_torch(kind: type, dim: int) -> None:
+    norm = kind(dim, eps=1e-6).cuda().to(torch.bfloat16)
+    randomise(norm, 0)
+    x = 3 * torch.randn(33, dim, device="cuda", dtype=torch.bfloat16) + 1
+    add = torch.randn(dim, device="cuda", dtype=torch.bfloat16)
+    y, total = norm_and_add(x, norm, add)
+    assert error(y, norm.float()(x.float())) < 4e-3
+    assert torch.equal(total, x + add)
+    norm.to(torch.bfloat16)
+    assert norm_and_add(x, norm, None)[1] is x
+
+
+def test_gelu_epilogue_is_the_tanh_form() -> None:
+    x = torch.randn(50, 1152, device="cuda", dtype=torch.bfloat16)
+    linear = nn.Linear(1152, 4304, device="cuda", dtype=torch.bfloat16)
+    want = F.gelu(linear.float()(x.float()), approximate="tanh")
+    linear.to(torch.bfloat16)
+    assert error(linear_gelu_tanh(x, linear.weight, linear.bias), want) < 5e-3
+
+
+@pytest.mark.parametrize("mlp", [lambda: Mlp(128, 208), lambda: GatedMlp(128, 208, bias=True)], ids=["mlp", "gated"])
+@pytest.mark.parametrize("norm", [nn.LayerNorm, RMSNorm])
+@pytest.mark.parametrize("bias", [True, False])
+def test_fused_block_equals_the_plain_one(norm, mlp, bias: bool) -> None:
+    def mean(q, k, v, segments, scale):
+        return v - q * 0.1 + k * 0.2
+
+    attn = Attention(128, 4, mean, qkv_bias=bias, proj_bias=bias)
+    block = Block(lambda: norm(128, eps=1e-6), attn, mlp()).cuda().to(torch.bfloat16).requires_grad_(False)
+    randomise(block, 1)
+    x = torch.randn(70, 128, device="cuda", dtype=torch.bfloat16)
+    angles = torch.randn(70, 16, device="cuda")
+    rotary = angles.cos(), angles.sin()
+    kept = x.clone()
+    fused = block(x, rotary, None)
+    assert torch.equal(x, kept), "a block must not write into its input"
+    want = block.float().forward(x.float(), rotary, None)
+    assert error(fused, want) < 2e-2
