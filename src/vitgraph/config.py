@@ -41,7 +41,7 @@ class EncoderConfig:
     min_tokens: int = _setting(32, "Smallest budget of the default ladder, in output tokens.")
     max_tokens: int = _setting(4096, "Largest budget of the default ladder, in output tokens.")
     max_items: int | None = _setting(
-        None, "Most items (images or clips) in one pack. Default: one per 32 tokens of the budget, at most 64."
+        None, "Most items (images or clips) in one pack. Default: one per 16 tokens of the budget, at most 128."
     )
     max_frames: int | None = _setting(
         None, "Most temporal patches in one pack, over all its items. Default: as max_items, at least 8."

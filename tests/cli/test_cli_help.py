@@ -48,6 +48,7 @@ FLAGS = {
         "--seed",
         "--json",
         "--plot",
+        "--markdown",
         "--force",
     },
 }

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from vitgraph.attention.base import tile_bound, write_tiles
 from vitgraph.engine.buffers import ALIGNMENT, MetadataLayout
 from vitgraph.models.contract import BufferSpec, TowerSpec, cu_seqlens_buffer
+from vitgraph.planning.metadata import GridPlan
 
 SPEC = TowerSpec(
     family="test",
@@ -40,13 +41,16 @@ ITEMS = [
         "cu_seqlens": np.array([1, 3], np.int32),
     },
 ]
-COUNTS = [{"patch": 2, "token": 2, "item": 1, "segment": 1}, {"patch": 3, "token": 2, "item": 1, "segment": 2}]
+_COUNTS = [{"patch": 2, "token": 2, "item": 1, "segment": 1}, {"patch": 3, "token": 2, "item": 1, "segment": 2}]
+
+
+PLANS = [GridPlan(counts, metadata) for counts, metadata in zip(_COUNTS, ITEMS, strict=True)]
 
 
 def test_items_follow_each_other_shifted_and_padded_as_declared() -> None:
     layout = MetadataLayout(SPEC, CAPACITY)
     block = np.full(layout.nbytes, 0xAB, np.uint8)
-    layout.write(block, ITEMS, COUNTS)
+    layout.write(layout.arrays(block), PLANS)
     got = layout.arrays(block)
     assert got["ids"].tolist() == [[1, 2], [3, 4], [5, 6], [7, 8], [9, 9]] + [[0, 0]] * 5
     assert got["weights"].tolist() == [0.5, 0.25, 2, 3, 4, 1, 1, 1, 1, 1]
@@ -57,7 +61,7 @@ def test_items_follow_each_other_shifted_and_padded_as_declared() -> None:
 def test_an_empty_pack_is_all_padding() -> None:
     layout = MetadataLayout(SPEC, CAPACITY)
     block = np.full(layout.nbytes, 0xAB, np.uint8)
-    layout.write(block, [], [])
+    layout.write(layout.arrays(block), [])
     got = layout.arrays(block)
     assert got["cu_seqlens"].tolist() == [0] * 5
     assert got["order"].tolist() == list(range(6))
@@ -69,7 +73,7 @@ def test_buffers_are_aligned_apart_and_the_same_for_torch() -> None:
     ends = [slot.offset + slot.nbytes for slot in layout.slots]
     assert all(end <= after.offset for end, after in zip(ends, layout.slots[1:], strict=False))
     block = torch.zeros(layout.nbytes, dtype=torch.uint8)
-    layout.write(block.numpy(), ITEMS, COUNTS)
+    layout.write(layout.arrays(block.numpy()), PLANS)
     for name, array in layout.arrays(block.numpy()).items():
         assert layout.tensors(block)[name].numpy().tolist() == array.tolist()
 

@@ -57,7 +57,7 @@ def test_limits_override_the_defaults() -> None:
     (budget,) = make_budgets(Rule(), EncoderConfig(budgets=(640,), max_items=3, max_frames=5))
     assert budget.capacity == {"patch": 2560, "token": 640, "item": 3, "segment": 5}
     (default,) = make_budgets(Rule(), EncoderConfig(budgets=(640,)))
-    assert default.capacity["item"] == 20
+    assert default.capacity["item"] == 40
 
 
 @pytest.mark.parametrize(

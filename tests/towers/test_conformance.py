@@ -26,6 +26,7 @@ from vitgraph.engine.engine import Engine
 from vitgraph.errors import PatchError
 from vitgraph.models.registry import families, find_family, get_family
 from vitgraph.models.tiny import write_tiny_checkpoint
+from vitgraph.planning.metadata import GridPlan
 
 FAMILIES = [family.name for family in families()]
 
@@ -53,7 +54,7 @@ def test_packed_equals_one_by_one_with_nan_in_every_padded_row(family, attention
     encoder = make(family, budgets=(16, 96, 320))
     if attention == "masked":
         # The form of the reference attention that only sees the device's offsets, as a graph does.
-        monkeypatch.setattr(Engine, "_uncaptured_inputs", lambda self, inputs, metadata, counts: inputs)
+        monkeypatch.setattr(Engine, "_uncaptured_inputs", lambda self, inputs, plans: inputs)
     grids = awkward_grids(encoder.spec)
     x = pixels(encoder.spec, grids)
     want = one_by_one(encoder, x, grids)
@@ -121,8 +122,8 @@ def test_segments_never_cross_an_item_and_padding_is_in_range(family: str) -> No
     capacity = {kind: 2 * n + 3 for kind, n in total.items()}
     layout = MetadataLayout(spec, capacity)
     block = np.full(layout.nbytes, 0xFF, np.uint8)
-    layout.write(block, [encoder.tower.metadata(g) for g in grids], counts)
     arrays = layout.arrays(block)
+    layout.write(arrays, [GridPlan(c, encoder.tower.metadata(g)) for c, g in zip(counts, grids, strict=True)])
     for segments in spec.segments:
         kind = next(b.offset for b in spec.buffers if b.name == segments.name)
         borders = np.cumsum([c[kind] for c in counts])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -50,6 +51,64 @@ def results_as_dicts(results: Iterable[Result]) -> list[dict[str, Any]]:
     ]
 
 
+def captures_as_dicts(results: Iterable[Result]) -> dict[str, dict[str, Any]]:
+    """Cost of capturing the ladder, by way."""
+    return {r.way: asdict(r.capture) for r in results if r.capture is not None}
+
+
+def captures_text(results: Sequence[Result]) -> str:
+    """A line per way that captured graphs."""
+    return "\n".join(
+        f"{way}: {c['graphs']} graphs captured in {c['seconds']:.1f} s, pool {c['graph_bytes'] / 1e6:.0f} MB, "
+        f"static buffers {c['static_bytes'] / 1e6:.0f} MB"
+        for way, c in captures_as_dicts(results).items()
+    )
+
+
+def as_markdown(report: Mapping[str, Any], results: Sequence[Result]) -> str:
+    """The report as a page: what ran where, then a table per workload."""
+    hardware, versions = report["hardware"], report["versions"]
+    lines = [
+        f"# {report['model']}, {report['dtype']}",
+        "",
+        f"{hardware.get('gpu', hardware['cpu'])}, {report['date']}",
+        "",
+        ", ".join(f"{name} {number}" for name, number in versions.items()),
+        "",
+        "```",
+        report["command"],
+        "```",
+        "",
+        f"Wall clock around one call and a device synchronisation, median of {results[0].timing.runs}; {CAPTION}.",
+    ]
+    for workload in dict.fromkeys(r.workload for r in results):
+        rows = [r for r in results if r.workload == workload]
+        lines += [
+            "",
+            f"## {workload_title(rows)}",
+            "",
+            "| way | median ms | P99 ms | items/s | speed-up | padding | error |",
+        ]
+        lines.append("|---|---|---|---|---|---|---|")
+        lines += [f"| {' | '.join(_cells(r, rows[0]))} |" for r in rows]
+    captures = captures_text(results)
+    if captures:
+        lines += ["", "## Capture", "", *(f"- {line}" for line in captures.splitlines())]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(r: Result, first: Result) -> list[str]:
+    return [
+        r.way,
+        f"{r.timing.median:.2f}",
+        f"{r.timing.p99:.2f}",
+        f"{r.items_per_second:.1f}",
+        f"{first.timing.median / r.timing.median:.2f}x",
+        "-" if r.packs is None else f"{r.padding:.1%}",
+        f"{r.error:.2e}",
+    ]
+
+
 def workload_title(rows: Sequence[Result]) -> str:
     """Name and size of the workload of these rows."""
     first = rows[0]
@@ -57,9 +116,13 @@ def workload_title(rows: Sequence[Result]) -> str:
 
 
 def results_tables(results: Sequence[Result]) -> Group:
-    """One table per workload; speed-up is against its first row."""
+    """One table per workload, then what capture cost; speed-up is against a table's first row."""
     workloads = list(dict.fromkeys(r.workload for r in results))
-    return Group(*(_table([r for r in results if r.workload == workload]) for workload in workloads), CAPTION)
+    return Group(
+        *(_table([r for r in results if r.workload == workload]) for workload in workloads),
+        CAPTION,
+        captures_text(results),
+    )
 
 
 def _table(rows: Sequence[Result]) -> Table:
@@ -78,16 +141,9 @@ def _table(rows: Sequence[Result]) -> Table:
     ):
         table.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True, min_width=6)
     for r in rows:
-        table.add_row(
-            r.way,
-            f"{r.timing.median:.2f}",
-            f"{r.timing.p99:.2f}",
-            *([f"{r.timing.device_median:.2f}"] if on_device else []),
-            f"{r.items_per_second:.1f}",
-            f"{first.timing.median / r.timing.median:.2f}x",
-            "-" if r.packs is None else f"{r.padding:.1%}",
-            f"{r.error:.1e}",
-        )
+        way, median, p99, *rest = _cells(r, first)
+        device = [f"{r.timing.device_median:.2f}"] if on_device else []
+        table.add_row(way, median, p99, *device, *rest)
     return table
 
 

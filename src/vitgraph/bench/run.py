@@ -60,6 +60,23 @@ class Loader(Protocol):
 
 
 @dataclass(frozen=True)
+class Capture:
+    """What capturing a ladder cost.
+
+    Attributes:
+        graphs: captured budgets.
+        seconds: warm-up (and compilation) and capture of all of them.
+        graph_bytes: device memory of the graphs' pool.
+        static_bytes: device memory of the static buffers.
+    """
+
+    graphs: int
+    seconds: float
+    graph_bytes: int
+    static_bytes: int
+
+
+@dataclass(frozen=True)
 class Result:
     """One row of the report.
 
@@ -71,6 +88,7 @@ class Result:
         padding: share of computed tokens that was padding, 0 to 1.
         packs: packs per call, or None for the peer.
         error: |out - ref| / |ref| against the fp32 reference.
+        capture: graphs captured before the first call, or None for a way without graphs.
     """
 
     workload: str
@@ -81,6 +99,7 @@ class Result:
     padding: float
     packs: int | None
     error: float
+    capture: Capture | None = None
 
     @property
     def items_per_second(self) -> float:
@@ -173,6 +192,7 @@ class _Bench:
         self._runs, self._warmup = runs, warmup
 
     def measure(self, way: Way, encoder: VisionEncoder) -> Iterator[Result]:
+        capture = _capture_of(encoder)
         for workload, pixels, reference in zip(self.workloads, self.inputs, self.references, strict=True):
 
             def call(pixels: Tensor = pixels, workload: Workload = workload) -> list[VisionEmbedding]:
@@ -191,6 +211,7 @@ class _Bench:
                 relative_error(output, reference),
                 padding=1 - real / padded if padded else 0.0,
                 packs=after.packs - before.packs,
+                capture=capture,
             )
 
     def measure_peer(self, model: nn.Module) -> Iterator[Result]:
@@ -204,9 +225,24 @@ class _Bench:
             yield self._result(workload, PEER, timing, error, padding=0.0, packs=None)
 
     def _result(
-        self, workload: Workload, way: str, timing: Timing, error: float, padding: float, packs: int | None
+        self,
+        workload: Workload,
+        way: str,
+        timing: Timing,
+        error: float,
+        padding: float,
+        packs: int | None,
+        capture: Capture | None = None,
     ) -> Result:
-        return Result(workload.name, way, len(workload.grids), workload.patches, timing, padding, packs, error)
+        items = len(workload.grids)
+        return Result(workload.name, way, items, workload.patches, timing, padding, packs, error, capture)
+
+
+def _capture_of(encoder: VisionEncoder) -> Capture | None:
+    stats = encoder.stats
+    if not stats.captured_graphs:
+        return None
+    return Capture(stats.captured_graphs, stats.capture_seconds, stats.graph_bytes, stats.static_bytes)
 
 
 def _references(load: Loader, source: VisionEncoder, peer: nn.Module | None, bench: _Bench) -> list[Tensor]:

@@ -63,10 +63,15 @@ def bench(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the JSON report to this file instead.", metavar="FILE")
     ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(help="Also write the report as Markdown to this file.", metavar="FILE")
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Write a picture of the report as PNG to this file.", metavar="FILE")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the files of --json and --plot.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Overwrite the files of --json, --markdown and --plot.")
+    ] = False,
 ) -> None:
     """Time one tower eager, in graphs, compiled, and against Transformers.
 
@@ -74,8 +79,8 @@ def bench(
     |out - ref| / |ref| against a float32 run. Tables come first; one line of JSON comes last, unless --json names a
     file for it. --graph and --compile are set by each way.
     """
-    _check_arguments(model, geometry, against, plot, json_file, force)
-    from vitgraph.bench.report import results_tables
+    _check_arguments(model, geometry, against, plot, (json_file, markdown), force)
+    from vitgraph.bench.report import as_markdown, results_tables
     from vitgraph.bench.run import parse_ways, run_benchmark
     from vitgraph.bench.workloads import DEFAULT_WORKLOADS, parse_workload
 
@@ -99,6 +104,8 @@ def bench(
     report = _report(load, config, results)
     if plot is not None:
         _plot(results, plot, report, load)
+    if markdown is not None:
+        markdown.write_text(as_markdown(report, results), encoding="utf-8")
     if json_file is None:
         print(json.dumps(report))
     else:
@@ -141,7 +148,7 @@ def _check_arguments(
     geometry: str | None,
     against: str | None,
     plot: Path | None,
-    json_file: Path | None,
+    reports: tuple[Path | None, ...],
     force: bool,
 ) -> None:
     """Refuses what can be refused before any time is spent."""
@@ -149,7 +156,7 @@ def _check_arguments(
         raise ConfigError("give a MODEL or a --geometry, not both.")
     if against not in (None, "transformers"):
         raise ConfigError(f"unknown peer {against!r}; known: transformers.")
-    for path in (plot, json_file):
+    for path in (plot, *reports):
         if path is not None:
             check_writable(path, force)
     if plot is not None:
@@ -159,7 +166,7 @@ def _check_arguments(
 
 
 def _report(load: _Loader, config: EncoderConfig, results: list[Result]) -> dict[str, Any]:
-    from vitgraph.bench.report import environment, results_as_dicts
+    from vitgraph.bench.report import captures_as_dicts, environment, results_as_dicts
 
     return {
         **environment(load.place),
@@ -167,6 +174,7 @@ def _report(load: _Loader, config: EncoderConfig, results: list[Result]) -> dict
         "model": load.name,
         "dtype": load.dtype,
         "config": asdict(config),
+        "captures": captures_as_dicts(results),
         "results": results_as_dicts(results),
     }
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from vitgraph.attention.base import Segments, VarlenAttention, tile_bound, write_tiles
 from vitgraph.core import Counts
 from vitgraph.models.contract import BufferSpec, TowerBuffers, TowerSpec
-from vitgraph.planning.metadata import Metadata
+from vitgraph.planning.metadata import GridPlan
 
 ALIGNMENT = 256
 _TORCH_DTYPES = {"int32": torch.int32, "float32": torch.float32}
@@ -97,35 +97,32 @@ class MetadataLayout:
             for slot in self.slots
         }
 
-    def write(self, block: np.ndarray, items: Sequence[Metadata], counts: Sequence[Counts]) -> None:
+    def write(self, arrays: Mapping[str, np.ndarray], plans: Sequence[GridPlan]) -> None:
         """Writes the metadata of a pack: items one after another, shifted and padded as declared.
 
         Args:
-            block: uint8, at least `nbytes`; every byte of every buffer is written.
-            items: metadata per item, in row order.
-            counts: rows per item.
+            arrays: from `arrays()`; every entry is written.
+            plans: per item, in row order.
         """
-        arrays = self.arrays(block)
         for buffer in self._items:
-            _write_buffer(buffer, arrays[buffer.name], items, counts)
+            _write_buffer(buffer, arrays[buffer.name], plans)
         for schedule in self.schedules:
             offsets, tiles = arrays[schedule.segments], arrays[schedule.name]
             write_tiles(offsets, self._rows[schedule.segments], schedule.block, tiles)
 
 
-def _write_buffer(spec: BufferSpec, out: np.ndarray, items: Sequence[Metadata], counts: Sequence[Counts]) -> None:
+def _write_buffer(spec: BufferSpec, out: np.ndarray, plans: Sequence[GridPlan]) -> None:
     out[: spec.lead] = 0
     row = spec.lead
     shift = 0
-    for metadata, count in zip(items, counts, strict=True):
-        values = metadata[spec.name]
-        end = row + count[spec.rows]
-        assert len(values) == end - row, f"{spec.name}: {len(values)} rows, declared {end - row}"
-        if spec.offset is None:
-            out[row:end] = values
+    name, kind, offset = spec.name, spec.rows, spec.offset
+    for counts, metadata in plans:
+        end = row + counts[kind]
+        if offset is None:
+            out[row:end] = metadata[name]
         else:
-            np.add(values, shift, out=out[row:end], casting="unsafe")
-            shift += count[spec.offset]
+            np.add(metadata[name], shift, out=out[row:end], casting="unsafe")
+            shift += counts[offset]
         row = end
     _pad(spec, out, row)
 
@@ -155,6 +152,13 @@ class StagingSlot:
     block: Tensor
     pixels: Tensor
     event: torch.cuda.Event | None = None
+    _arrays: dict[MetadataLayout, dict[str, np.ndarray]] = field(default_factory=dict)
+
+    def arrays(self, layout: MetadataLayout) -> dict[str, np.ndarray]:
+        """The block as the buffers of one layout."""
+        if layout not in self._arrays:
+            self._arrays[layout] = layout.arrays(self.block.numpy())
+        return self._arrays[layout]
 
     def wait(self) -> None:
         """Until the device has read what was written here last."""

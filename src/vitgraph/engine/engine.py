@@ -24,7 +24,7 @@ from vitgraph.engine.stats import Stats
 from vitgraph.errors import EngineReleasedError, FallbackError, PatchError
 from vitgraph.models.contract import Tower, TowerBuffers
 from vitgraph.planning.budgets import Budget, make_budgets
-from vitgraph.planning.metadata import Metadata, MetadataCache
+from vitgraph.planning.metadata import GridPlan, MetadataCache
 from vitgraph.planning.packing import plan_packs
 
 logger = logging.getLogger("vitgraph")
@@ -34,6 +34,9 @@ Mode = Literal["auto", "padded", "eager"]
 graph; "eager" runs it on buffers of exactly the pack's size."""
 
 COMMON_SIDE = 32
+
+Part = tuple[int, Tensor]
+"""First frame of a piece within its item, and the piece's output."""
 
 Progress = Callable[[int, int, str], None]
 """Called as `progress(done, total, text)` during capture."""
@@ -62,7 +65,7 @@ class Engine:
         self.device, self.dtype = device, dtype
         self.budgets: tuple[Budget, ...] = make_budgets(self.spec, config)
         self._layouts = [MetadataLayout(self.spec, b.capacity, attention) for b in self.budgets]
-        self._cache = MetadataCache(tower.metadata, config.metadata_cache)
+        self._cache = MetadataCache(self.spec.counts, tower.metadata, config.metadata_cache)
         self._stats = Stats()
         self._lock = RLock()
         self._arena: Arena | None = None
@@ -140,12 +143,11 @@ class Engine:
                 self.capture()
             mode = mode if self.config.graph else "eager"
             packs = plan_packs(self.spec, self.budgets, grids, split=mode != "eager")
-            pieces: list[list[tuple[Piece, Tensor]]] = [[] for _ in grids]
+            parts: list[list[Part]] = [[] for _ in grids]
             self._count_items(packs, len(grids))
             for pack in packs:
-                output = self._run_pack(pack, rows, mode)
-                self._split(pack, output, pieces)
-        return [_join(parts) for parts in pieces]
+                self._run_pack(pack, rows, mode, parts)
+        return [_join(item) for item in parts]
 
     @property
     def stats(self) -> Stats:
@@ -182,93 +184,65 @@ class Engine:
 
     # -- one pack ----------------------------------------------------------------------------------------------
 
-    def _run_pack(self, pack: Pack, rows: Sequence[Tensor], mode: Mode) -> Tensor:
-        counts = [self.spec.counts(piece.grid) for piece in pack.pieces]
-        metadata = [self._cache.get(piece.grid) for piece in pack.pieces]
+    def _run_pack(self, pack: Pack, rows: Sequence[Tensor], mode: Mode, parts: list[list[Part]]) -> None:
+        """Runs one pack and hands each piece its rows of the output."""
+        plans = [self._cache.get(piece.grid) for piece in pack.pieces]
         pixels = [piece_rows(rows[piece.item], piece) for piece in pack.pieces]
         self._stats.packs += 1
         if pack.budget is None or mode == "eager":
             if mode != "eager":
                 self._fall_back(pack)
-            return self._run_exact(pack.counts, metadata, counts, pixels)
-        self._stats.replays += 1
-        self._stats.real_tokens += pack.counts["token"]
-        self._stats.padded_tokens += self.budgets[pack.budget].tokens
-        if self.config.verbose:
-            logger.info(
-                "pack of %d items: %s in budget %d", len(counts), dict(pack.counts), self.budgets[pack.budget].tokens
-            )
-        return self._run_padded(pack, metadata, counts, pixels, use_graph=mode == "auto")
+            output = self._run_exact(pack.counts, plans, pixels)
+        else:
+            self._count_replay(pack)
+            output = self._run_padded(pack, plans, pixels, use_graph=mode == "auto")
+        pieces = output.split([plan.counts["token"] for plan in plans], dim=1)
+        for piece, tokens in zip(pack.pieces, pieces, strict=True):
+            parts[piece.item].append((piece.first_frame, tokens))
 
     def _run_padded(
-        self,
-        pack: Pack,
-        metadata: Sequence[Metadata],
-        counts: Sequence[Counts],
-        pixels: Sequence[PieceRows],
-        use_graph: bool,
+        self, pack: Pack, plans: Sequence[GridPlan], pixels: Sequence[PieceRows], use_graph: bool
     ) -> Tensor:
         assert pack.budget is not None
         buffers = self._static(pack.budget)
         self._wait_for_last_run()
-        self._fill(buffers, metadata, counts, pixels)
+        self._fill(buffers, plans, pixels)
         if use_graph and self.device.type == "cuda" and self._has_graph(pack.budget):
             output = self._graphs[pack.budget].replay()
             self._stats.graph_replays += 1
         else:
-            output = self.tower(self._uncaptured_inputs(buffers.inputs, metadata, counts))
+            output = self.tower(self._uncaptured_inputs(buffers.inputs, plans))
         # The next replay writes over this memory, so the caller gets a copy of the rows that are his.
         output = output[:, : pack.counts["token"]].clone()
         self._mark_run()
         return output
 
-    def _run_exact(
-        self,
-        total: Counts,
-        metadata: Sequence[Metadata],
-        counts: Sequence[Counts],
-        pixels: Sequence[PieceRows],
-    ) -> Tensor:
+    def _run_exact(self, total: Counts, plans: Sequence[GridPlan], pixels: Sequence[PieceRows]) -> Tensor:
         layout = MetadataLayout(self.spec, total, self._attention)
         arena = Arena(self.spec, total, layout.nbytes, self.device, self.dtype)
         buffers = StaticBuffers.create(self.spec, total, layout, arena)
-        self._fill(buffers, metadata, counts, pixels)
-        return self.tower(self._uncaptured_inputs(buffers.inputs, metadata, counts))
+        self._fill(buffers, plans, pixels)
+        return self.tower(self._uncaptured_inputs(buffers.inputs, plans))
 
-    def _fill(
-        self,
-        buffers: StaticBuffers,
-        metadata: Sequence[Metadata],
-        counts: Sequence[Counts],
-        pixels: Sequence[PieceRows],
-    ) -> None:
+    def _fill(self, buffers: StaticBuffers, plans: Sequence[GridPlan], pixels: Sequence[PieceRows]) -> None:
         """One staged copy of all metadata, then the pixel rows, all in stream order."""
-        arena, nbytes = buffers.arena, buffers.layout.nbytes
+        arena, layout = buffers.arena, buffers.layout
         slot = arena.next_slot()
-        buffers.layout.write(slot.block.numpy(), metadata, counts)
-        arena.block[:nbytes].copy_(slot.block[:nbytes], non_blocking=True)
+        layout.write(slot.arrays(layout), plans)
+        arena.block[: layout.nbytes].copy_(slot.block[: layout.nbytes], non_blocking=True)
         copy_rows(buffers.inputs.pixel_values, pixels, slot.pixels)
         if slot.event is not None:
             slot.event.record()
 
-    def _uncaptured_inputs(
-        self, inputs: TowerBuffers, metadata: Sequence[Metadata], counts: Sequence[Counts]
-    ) -> TowerBuffers:
+    def _uncaptured_inputs(self, inputs: TowerBuffers, plans: Sequence[GridPlan]) -> TowerBuffers:
         """On the CPU the reference attention may use the host's segment lengths; nothing else changes."""
         if self.device.type == "cuda":
             return inputs
         lengths = {}
         for segments in self.spec.segments:
-            ends = [np.diff(item[segments.name], prepend=0) for item in metadata]
+            ends = [np.diff(plan.metadata[segments.name], prepend=0) for plan in plans]
             lengths[segments.name] = tuple(int(n) for n in np.concatenate(ends))
         return with_lengths(inputs, lengths)
-
-    def _split(self, pack: Pack, output: Tensor, pieces: list[list[tuple[Piece, Tensor]]]) -> None:
-        row = 0
-        for piece in pack.pieces:
-            tokens = self.spec.counts(piece.grid)["token"]
-            pieces[piece.item].append((piece, output[:, row : row + tokens]))
-            row += tokens
 
     # -- buffers and graphs ------------------------------------------------------------------------------------
 
@@ -348,6 +322,15 @@ class Engine:
             self._logged.add(reason)
             logger.warning("running eager: %s (logged once, counted in stats.fallbacks)", reason)
 
+    def _count_replay(self, pack: Pack) -> None:
+        assert pack.budget is not None
+        budget = self.budgets[pack.budget].tokens
+        self._stats.replays += 1
+        self._stats.real_tokens += pack.counts["token"]
+        self._stats.padded_tokens += budget
+        if self.config.verbose:
+            logger.info("pack of %d items: %s in budget %d", len(pack.pieces), dict(pack.counts), budget)
+
     def _count_items(self, packs: Sequence[Pack], items: int) -> None:
         self._stats.items += items
         whole = {piece.item for pack in packs for piece in pack.pieces if piece.first_frame > 0}
@@ -360,7 +343,8 @@ def piece_rows(rows: Tensor, piece: Piece) -> PieceRows:
     return rows[start : start + piece.grid.patches]
 
 
-def _join(parts: list[tuple[Piece, Tensor]]) -> Tensor:
+def _join(parts: list[Part]) -> Tensor:
     """Tokens of an item from its pieces, in frame order."""
-    parts.sort(key=lambda part: part[0].first_frame)
-    return parts[0][1] if len(parts) == 1 else torch.cat([tokens for _, tokens in parts], dim=1)
+    if len(parts) == 1:
+        return parts[0][1]
+    return torch.cat([tokens for _, tokens in sorted(parts, key=lambda part: part[0])], dim=1)

@@ -12,8 +12,8 @@ from vitgraph.core import Counts
 MIN_STEP = 16
 MAX_STEP = 64
 GROWTH = 1 / 16
-TOKENS_PER_ITEM = 32
-MOST_ITEMS = 64
+TOKENS_PER_ITEM = 16
+MOST_ITEMS = 128
 LEAST_FRAMES = 8
 
 

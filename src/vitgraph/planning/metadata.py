@@ -5,26 +5,41 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from threading import Lock
+from typing import NamedTuple
 
 import numpy as np
 
-from vitgraph.core import Grid
+from vitgraph.core import Counts, Grid
 
 Metadata = Mapping[str, np.ndarray]
 
 
+class GridPlan(NamedTuple):
+    """What depends on a grid alone.
+
+    Attributes:
+        counts: rows of each kind that an item of this grid fills.
+        metadata: host arrays by buffer name, relative to the item; shared and read-only.
+    """
+
+    counts: Counts
+    metadata: Metadata
+
+
 class MetadataCache:
-    """Least-recently-used cache of `Tower.metadata`, safe to share between threads.
+    """Least-recently-used cache of grid plans, safe to share between threads.
 
     Args:
-        compute: the tower's `metadata`.
+        counts: the spec's `counts`.
+        metadata: the tower's `metadata`.
         size: most grids kept.
     """
 
-    def __init__(self, compute: Callable[[Grid], Metadata], size: int) -> None:
-        self._compute = compute
+    def __init__(self, counts: Callable[[Grid], Counts], metadata: Callable[[Grid], Metadata], size: int) -> None:
+        self._counts = counts
+        self._metadata = metadata
         self._size = size
-        self._entries: OrderedDict[Grid, Metadata] = OrderedDict()
+        self._entries: OrderedDict[Grid, GridPlan] = OrderedDict()
         self._lock = Lock()
         self.hits = 0
         self.misses = 0
@@ -32,8 +47,8 @@ class MetadataCache:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def get(self, grid: Grid) -> Metadata:
-        """Host arrays of one item of this grid; the arrays are shared and read-only."""
+    def get(self, grid: Grid) -> GridPlan:
+        """The plan of an item of this grid."""
         with self._lock:
             entry = self._entries.get(grid)
             if entry is not None:
@@ -49,9 +64,9 @@ class MetadataCache:
             if grid not in self._entries:
                 self._add(grid)
 
-    def _add(self, grid: Grid) -> Metadata:
-        entry = self._compute(grid)
-        for array in entry.values():
+    def _add(self, grid: Grid) -> GridPlan:
+        entry = GridPlan(self._counts(grid), self._metadata(grid))
+        for array in entry.metadata.values():
             array.setflags(write=False)
         with self._lock:
             self._entries[grid] = entry

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
-from vitgraph.core import Counts, Grid, Pack, Piece, add_counts, exceeded, fits
+from vitgraph.core import Counts, Grid, Pack, Piece, exceeded, fits
 from vitgraph.planning.budgets import Budget
 
 
@@ -35,30 +37,45 @@ def plan_packs(rule: CountRule, budgets: Sequence[Budget], grids: Sequence[Grid]
     Returns:
         Packs in the order in which their first item came; pieces of a pack in the caller's order.
     """
+    if not grids:
+        return []
+    sizes = {grid: rule.counts(grid) for grid in set(grids)}
     if not budgets:
-        return [_eager(rule, Piece(i, g), "no budgets") for i, g in enumerate(grids)]
-    bins: list[tuple[list[Piece], Counts]] = []
-    eager: list[Pack] = []
+        return [Pack((Piece(i, grid),), sizes[grid], None, "no budgets") for i, grid in enumerate(grids)]
     largest = budgets[-1].capacity
     pieces = [Piece(i, grid) for i, grid in enumerate(grids)]
+    total = _sum(sizes[grid] for grid in grids)
+    if fits(total, largest):
+        return [_replayed(pieces, total, budgets)]
     if split and rule.splits_by_frame:
-        pieces = [part for piece in pieces for part in _cut(rule, piece, largest)]
+        pieces = [part for piece in pieces for part in _cut(rule, piece, sizes[piece.grid], largest)]
+        sizes |= {piece.grid: rule.counts(piece.grid) for piece in pieces}
+    bins: list[_Bin] = []
+    eager: list[Pack] = []
     for piece in sorted(pieces, key=lambda p: -p.grid.patches):
-        counts = rule.counts(piece.grid)
-        if not fits(counts, largest):
-            eager.append(_eager(rule, piece, f"larger than the largest budget in {exceeded(counts, largest)}"))
-            continue
-        _place(bins, piece, counts, largest)
-    packs = [_replayed(members, counts, budgets) for members, counts in bins]
+        counts = sizes[piece.grid]
+        if fits(counts, largest):
+            _place(bins, piece, counts, largest)
+        else:
+            reason = f"larger than the largest budget in {exceeded(counts, largest)}"
+            eager.append(Pack((piece,), counts, None, reason))
+    packs = [_replayed(sorted(b.pieces), b.filled, budgets) for b in bins]
     return sorted(packs + eager, key=lambda pack: pack.pieces[0])
 
 
-def _cut(rule: CountRule, piece: Piece, largest: Counts) -> list[Piece]:
+@dataclass
+class _Bin:
+    """A pack that is being filled."""
+
+    pieces: list[Piece]
+    filled: dict[str, int]
+
+
+def _cut(rule: CountRule, piece: Piece, counts: Counts, largest: Counts) -> list[Piece]:
     """The item whole if it fits or not even one frame does, else in runs of as many frames as the largest budget
     holds."""
     item, grid = piece.item, piece.grid
-    frame = rule.counts(Grid(1, grid.h, grid.w))
-    if fits(rule.counts(grid), largest) or not fits(frame, largest):
+    if fits(counts, largest) or not fits(rule.counts(Grid(1, grid.h, grid.w)), largest):
         return [piece]
     frames = grid.t
     while not fits(rule.counts(Grid(frames, grid.h, grid.w)), largest):
@@ -66,23 +83,29 @@ def _cut(rule: CountRule, piece: Piece, largest: Counts) -> list[Piece]:
     return [Piece(item, Grid(min(frames, grid.t - first), grid.h, grid.w), first) for first in range(0, grid.t, frames)]
 
 
-def _place(bins: list[tuple[list[Piece], Counts]], piece: Piece, counts: Counts, largest: Counts) -> None:
+def _place(bins: list[_Bin], piece: Piece, counts: Counts, largest: Counts) -> None:
     """Adds the piece to the fullest pack that still holds it, or opens a new one."""
-    best: tuple[int, int, Counts] | None = None
-    for index, (_, filled) in enumerate(bins):
-        total = add_counts(filled, counts)
-        if fits(total, largest) and (best is None or total["patch"] > best[1]):
-            best = (index, total["patch"], total)
-    if best is None:
-        bins.append(([piece], counts))
-    else:
-        bins[best[0]] = ([*bins[best[0]][0], piece], best[2])
+    open_bins = [b for b in bins if all(b.filled[kind] + n <= largest[kind] for kind, n in counts.items())]
+    if not open_bins:
+        bins.append(_Bin([piece], dict(counts)))
+        return
+    best = max(open_bins, key=lambda b: b.filled["patch"])
+    best.pieces.append(piece)
+    for kind, n in counts.items():
+        best.filled[kind] += n
 
 
-def _replayed(members: list[Piece], counts: Counts, budgets: Sequence[Budget]) -> Pack:
-    index = next(i for i, budget in enumerate(budgets) if fits(counts, budget.capacity))
-    return Pack(tuple(sorted(members)), counts, index)
+def _sum(sizes: Iterable[Counts]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for counts in sizes:
+        for kind, n in counts.items():
+            total[kind] = total.get(kind, 0) + n
+    return total
 
 
-def _eager(rule: CountRule, piece: Piece, reason: str) -> Pack:
-    return Pack((piece,), rule.counts(piece.grid), None, reason)
+def _replayed(pieces: list[Piece], counts: Counts, budgets: Sequence[Budget]) -> Pack:
+    """The pack in the smallest budget that holds it; budgets grow in every kind."""
+    index = bisect_left(budgets, counts["token"], key=lambda budget: budget.tokens)
+    while not fits(counts, budgets[index].capacity):
+        index += 1
+    return Pack(tuple(pieces), counts, index)
