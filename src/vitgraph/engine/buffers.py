@@ -207,6 +207,10 @@ class Arena:
         slot.wait()
         return slot
 
+    def make_slots(self) -> None:
+        """Allocates both host copies now: pinning takes milliseconds."""
+        self._slots = [slot or self._new_slot() for slot in self._slots]
+
     def _new_slot(self) -> StagingSlot:
         pinned = self.device.type == "cuda"
         block = torch.zeros(self._nbytes, dtype=torch.uint8, pin_memory=pinned)

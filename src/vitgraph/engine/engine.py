@@ -112,11 +112,14 @@ class Engine:
             self.warm_metadata()
             order = list(reversed(range(len(self.budgets))))
             # Zeros are valid metadata in every layout; what another budget left there need not be.
-            self._static(order[0]).arena.block.zero_()
+            arena = self._static(order[0]).arena
+            arena.block.zero_()
+            arena.make_slots()
+            warm_ups = self._warm_up_indexes(order)
             for done, index in enumerate(order):
                 if progress:
                     progress(done, len(order), f"{self.budgets[index].tokens} tokens")
-                if index not in self._graphs and not self._capture_one(index):
+                if index not in self._graphs and not self._capture_one(index, warm_up=index in warm_ups):
                     break
             if progress:
                 progress(len(order), len(order), "done")
@@ -263,8 +266,16 @@ class Engine:
             return False
         return self._capture_one(index)
 
+    def _warm_up_indexes(self, order: Sequence[int]) -> set[int]:
+        """Budgets that run once before capture: the largest, the smallest, and the first with each tile size.
+
+        A warm-up compiles kernels and makes workspaces; the other budgets use the same ones.
+        """
+        blocks = {tuple(s.block for s in self._layouts[index].schedules): index for index in reversed(order)}
+        return {order[0], order[-1], *blocks.values()}
+
     @torch.inference_mode()
-    def _capture_one(self, index: int) -> bool:
+    def _capture_one(self, index: int, warm_up: bool = True) -> bool:
         """Captures one budget; False when the memory limit is reached."""
         limit = self.config.memory_limit
         self._pool = self._pool or GraphPool(self.device)
@@ -279,7 +290,7 @@ class Engine:
             return False
         start = time.perf_counter()
         buffers = self._static(index)
-        graph = self._pool.capture(self.tower, buffers.inputs, buffers.output)
+        graph = self._pool.capture(self.tower, buffers.inputs, buffers.output, warm_up)
         self._graphs[index] = graph
         self._stats.capture_seconds += time.perf_counter() - start
         level = logging.INFO if self.config.verbose else logging.DEBUG
@@ -339,6 +350,8 @@ class Engine:
 
 def piece_rows(rows: Tensor, piece: Piece) -> PieceRows:
     """The rows of one piece within its item's rows: frames are contiguous in every row order."""
+    if rows.shape[0] == piece.grid.patches:
+        return rows
     start = piece.first_frame * piece.grid.h * piece.grid.w
     return rows[start : start + piece.grid.patches]
 

@@ -55,16 +55,23 @@ class GraphPool:
         self._pool = torch.cuda.graph_pool_handle()
         self.nbytes = 0
 
-    def capture(self, forward: Forward, inputs: TowerBuffers, output: Tensor) -> CapturedGraph:
-        """Warms up and captures `output.copy_(forward(inputs))`. The buffers must hold a valid pack.
+    def capture(self, forward: Forward, inputs: TowerBuffers, output: Tensor, warm_up: bool = True) -> CapturedGraph:
+        """Captures `output.copy_(forward(inputs))`. The buffers must hold a valid pack.
 
         The forward's own result is dropped, so that the next capture can use its memory.
+
+        Args:
+            forward: host code that launches the same kernels at every call.
+            inputs: static buffers.
+            output: `[levels, M, C]` static output.
+            warm_up: run `forward` once before. Needed where kernels have yet to be compiled or chosen.
         """
         start = time.perf_counter()
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._stream):
-            forward(inputs)
+            if warm_up:
+                forward(inputs)
             self._stream.synchronize()
             before = torch.cuda.mem_get_info(self._device)[0]
             # torch.cuda.graph() would also collect garbage and empty the allocator's cache for every budget.

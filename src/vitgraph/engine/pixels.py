@@ -33,23 +33,32 @@ def copy_rows(target: Tensor, pieces: Sequence[PieceRows], staging: Tensor) -> N
 
 
 def _adjacent(pieces: Sequence[PieceRows]) -> list[Tensor]:
-    """Merges pieces that follow each other in the same storage."""
+    """Merges pieces that follow each other in the same storage, so that a batch in the caller's order is one copy."""
     runs: list[Tensor] = []
-    for piece in pieces:
-        last = runs[-1] if runs else None
-        if last is not None and _follows(last, piece):
-            runs[-1] = last.as_strided((len(last) + len(piece), piece.shape[1]), last.stride(), last.storage_offset())
-        else:
-            runs.append(piece)
+    first, rows, end = pieces[0], len(pieces[0]), _end(pieces[0])
+    for piece in pieces[1:]:
+        if end and piece.data_ptr() == end and _same_memory(first, piece):
+            rows += piece.shape[0]
+            end += piece.nbytes
+            continue
+        runs.append(_extended(first, rows))
+        first, rows, end = piece, piece.shape[0], _end(piece)
+    runs.append(_extended(first, rows))
     return runs
 
 
-def _follows(last: Tensor, piece: Tensor) -> bool:
-    return (
-        last.device == piece.device
-        and last.dtype == piece.dtype
-        and last.is_contiguous()
-        and piece.is_contiguous()
-        and last.untyped_storage().data_ptr() == piece.untyped_storage().data_ptr()
-        and last.storage_offset() + last.numel() == piece.storage_offset()
-    )
+def _end(piece: Tensor) -> int:
+    """Address after the piece, or 0 when its rows do not lie one after another."""
+    return piece.data_ptr() + piece.nbytes if piece.is_contiguous() else 0
+
+
+def _same_memory(first: Tensor, piece: Tensor) -> bool:
+    # Neighbouring addresses may still belong to two allocations.
+    same_storage = first.untyped_storage().data_ptr() == piece.untyped_storage().data_ptr()
+    return same_storage and first.dtype == piece.dtype and piece.is_contiguous()
+
+
+def _extended(first: Tensor, rows: int) -> Tensor:
+    if rows == first.shape[0]:
+        return first
+    return first.as_strided((rows, first.shape[1]), first.stride(), first.storage_offset())

@@ -50,7 +50,8 @@ def default_ladder(min_tokens: int, max_tokens: int, unit: int = 1) -> tuple[int
     last = _round_up(max_tokens, MIN_STEP)
     while rungs[-1] < last:
         step = min(max(_round_up(rungs[-1] * GROWTH, MIN_STEP), MIN_STEP), MAX_STEP)
-        rungs.append(min(rungs[-1] + step, last))
+        # Rungs are multiples of their step, so that powers of two, the sizes of square images, are among them.
+        rungs.append(min((rungs[-1] // step + 1) * step, last))
     return tuple(sorted({_round_up(tokens, unit) for tokens in rungs}))
 
 
