@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from math import isqrt
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vitgraph import EncoderConfig, VisionEncoder
-from vitgraph.core import Grid, VisionEmbedding
+from vitgraph.core import Counts, Grid, VisionEmbedding, add_counts
+from vitgraph.engine.buffers import MetadataLayout
 from vitgraph.errors import PatchError
-from vitgraph.models.contract import TowerSpec
+from vitgraph.models.contract import Tower, TowerSpec
+from vitgraph.planning.metadata import GridPlan
 
 MOST_FRAMES = 4
 
@@ -70,3 +73,15 @@ def longest_clip(spec: TowerSpec) -> Grid | None:
             continue
         return Grid(t, *image_grids(spec)[0][1:])
     return None
+
+
+def composed(tower: Tower, grids: list[Grid], spare: int = 0) -> tuple[dict[str, np.ndarray], Counts]:
+    """Metadata of several items as the engine writes it, with `spare` rows of every kind, and the rows filled."""
+    plans = [GridPlan(tower.spec.counts(grid), tower.metadata(grid)) for grid in grids]
+    total: Counts = {}
+    for plan in plans:
+        total = add_counts(total, plan.counts)
+    layout = MetadataLayout(tower.spec, {kind: n + spare for kind, n in total.items()})
+    arrays = layout.arrays(np.full(layout.nbytes, 0xFF, np.uint8))
+    layout.write(arrays, plans)
+    return arrays, total

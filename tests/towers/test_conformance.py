@@ -10,6 +10,7 @@ from all_references import REFERENCES
 from families import (
     awkward_grids,
     clip_grids,
+    composed,
     image_grids,
     longest_clip,
     make,
@@ -20,13 +21,11 @@ from families import (
 )
 from vitgraph import VisionEncoder
 from vitgraph.assets import sample_photographs
-from vitgraph.core import Grid, add_counts
-from vitgraph.engine.buffers import MetadataLayout
+from vitgraph.core import Grid
 from vitgraph.engine.engine import Engine
 from vitgraph.errors import PatchError
 from vitgraph.models.registry import families, find_family, get_family
 from vitgraph.models.tiny import write_tiny_checkpoint
-from vitgraph.planning.metadata import GridPlan
 
 FAMILIES = [family.name for family in families()]
 
@@ -115,15 +114,8 @@ def test_metadata_is_what_the_declaration_says(family: str) -> None:
 def test_segments_never_cross_an_item_and_padding_is_in_range(family: str) -> None:
     encoder = make(family)
     spec, grids = encoder.spec, awkward_grids(encoder.spec)
-    counts = [spec.counts(g) for g in grids]
-    total: dict[str, int] = {}
-    for count in counts:
-        total = add_counts(total, count)
-    capacity = {kind: 2 * n + 3 for kind, n in total.items()}
-    layout = MetadataLayout(spec, capacity)
-    block = np.full(layout.nbytes, 0xFF, np.uint8)
-    arrays = layout.arrays(block)
-    layout.write(arrays, [GridPlan(c, encoder.tower.metadata(g)) for c, g in zip(counts, grids, strict=True)])
+    counts = [spec.counts(grid) for grid in grids]
+    arrays, _ = composed(encoder.tower, grids, spare=3)
     for segments in spec.segments:
         kind = next(b.offset for b in spec.buffers if b.name == segments.name)
         borders = np.cumsum([c[kind] for c in counts])

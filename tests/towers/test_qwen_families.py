@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from families import composed, stacked
 from references_qwen import REFERENCES, Qwen25OmniReference
 from vitgraph import EncoderConfig, VisionEncoder
 from vitgraph.attention.sdpa import SdpaAttention
 from vitgraph.core import Counts, Grid, add_counts, fits
-from vitgraph.engine.buffers import MetadataLayout
 from vitgraph.errors import CheckpointError, ConfigError
 from vitgraph.models.contract import Tower
 from vitgraph.models.qwen2_5_vl import WindowedSpec
@@ -59,27 +59,9 @@ def pixels(encoder: VisionEncoder, grids: list[Grid]) -> torch.Tensor:
     return torch.randn(sum(g.patches for g in grids), encoder.spec.patch_width)
 
 
-def joined(embeddings: list) -> torch.Tensor:
-    """`[levels, M, C]`."""
-    items = [e.tokens[None] if e.deepstack is None else torch.cat([e.tokens[None], e.deepstack]) for e in embeddings]
-    return torch.cat(items, dim=1)
-
-
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     assert got.shape == want.shape
     return ((got - want).abs().max() / want.abs().max()).item()
-
-
-def composed(tower: Tower, grids: list[Grid], spare: int = 0) -> tuple[dict[str, np.ndarray], Counts]:
-    """Metadata of several items as the engine writes it, with `spare` rows of every kind, and the rows filled."""
-    counts = [tower.spec.counts(grid) for grid in grids]
-    total: Counts = {}
-    for count in counts:
-        total = add_counts(total, count)
-    layout = MetadataLayout(tower.spec, {kind: n + spare for kind, n in total.items()})
-    block = np.full(layout.nbytes, 0xAB, np.uint8)
-    layout.write(block, [tower.metadata(grid) for grid in grids], counts)
-    return layout.arrays(block), total
 
 
 def omni_config() -> dict:
@@ -168,7 +150,7 @@ def test_tower_equals_transformers(family: str, mode: str) -> None:
     for sizes in AWKWARD:
         grids = grids_of(sizes)
         x = pixels(encoder, grids)
-        got = joined(encoder.encode_patches(x, grids, mode=mode))
+        got = stacked(encoder.encode_patches(x, grids, mode=mode))
         assert relative_error(got, reference(x, grids)) < 1e-5, sizes
     assert not encoder.stats.fallbacks
 
@@ -182,7 +164,7 @@ def test_many_items_in_shared_packs_equal_transformers(family: str) -> None:
     assert len(encoder.plan(grids)) < 5
     encoder.encode_patches(x, grids)
     encoder.engine.poison_padding()
-    assert relative_error(joined(encoder.encode_patches(x, grids)), reference(x, grids)) < 1e-5
+    assert relative_error(stacked(encoder.encode_patches(x, grids)), reference(x, grids)) < 1e-5
 
 
 def test_omni_equals_transformers() -> None:
@@ -190,7 +172,7 @@ def test_omni_equals_transformers() -> None:
     reference = Qwen25OmniReference(encoder.tower, omni_config())
     grids = grids_of(AWKWARD[-1])
     x = pixels(encoder, grids)
-    assert relative_error(joined(encoder.encode_patches(x, grids)), reference(x, grids)) < 1e-5
+    assert relative_error(stacked(encoder.encode_patches(x, grids)), reference(x, grids)) < 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -198,9 +180,9 @@ def test_a_clip_cut_between_frames_gives_the_same_tokens(family: str) -> None:
     encoder = make(family, budgets=(40,))
     grids = grids_of([(7, 10, 6)])
     x = pixels(encoder, grids)
-    got = joined(encoder.encode_patches(x, grids))
+    got = stacked(encoder.encode_patches(x, grids))
     assert encoder.stats.split_items == 1
-    assert relative_error(got, joined(encoder.encode_patches(x, grids, mode="eager"))) < 1e-5
+    assert relative_error(got, stacked(encoder.encode_patches(x, grids, mode="eager"))) < 1e-5
 
 
 def test_full_and_window_layers_both_matter() -> None:
@@ -211,7 +193,7 @@ def test_full_and_window_layers_both_matter() -> None:
         config["vision_config"]["fullatt_block_indexes"] = full
         encoder = make(config)
         torch.manual_seed(0)
-        outputs.append(joined(encoder.encode_patches(pixels(encoder, grids), grids)))
+        outputs.append(stacked(encoder.encode_patches(pixels(encoder, grids), grids)))
     assert relative_error(outputs[1], outputs[0]) > 1e-3
     assert relative_error(outputs[2], outputs[0]) > 1e-3
 
