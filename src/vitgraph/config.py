@@ -53,6 +53,9 @@ class EncoderConfig:
         None, "Stop capturing further budgets once graphs hold this many bytes of device memory."
     )
     metadata_cache: int = _setting(4096, "Grids whose metadata stays cached on the host.")
+    preprocess_threads: int | None = _setting(
+        None, "Threads that decode and resize the inputs of one call. Default: one per core, at most 8."
+    )
     verbose: bool = _setting(False, "Log time and memory of every captured budget, and every pack.")
 
     def __post_init__(self) -> None:
@@ -60,7 +63,7 @@ class EncoderConfig:
             object.__setattr__(self, "budgets", _clean_budgets(self.budgets))
         for name in ("min_tokens", "max_tokens", "metadata_cache"):
             _require_positive(name, getattr(self, name))
-        for name in ("max_items", "max_frames", "memory_limit"):
+        for name in ("max_items", "max_frames", "memory_limit", "preprocess_threads"):
             if getattr(self, name) is not None:
                 _require_positive(name, getattr(self, name))
         if self.min_tokens > self.max_tokens:

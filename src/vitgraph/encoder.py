@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vitgraph")
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+MOST_THREADS = 8
 OnError = Literal["raise", "return"]
 
 
@@ -199,12 +202,7 @@ class VisionEncoder:
         """
         if isinstance(images, (str, bytes, Path)) or not isinstance(images, Sequence):
             raise InputError(f"encode() takes a list of images, not a {type(images).__name__}; wrap it: encode([x]).")
-        results: list[Any] = []
-        for image in images:
-            try:
-                results.append(self.prepare(image))
-            except InputError as error:
-                results.append(error)
+        results: list[Any] = self._prepare_all(images)
         good = [i for i, r in enumerate(results) if isinstance(r, Patches)]
         rows = [_as_tensor(results[i].pixel_values) for i in good]
         for i, embedding in zip(good, self._run(rows, [results[i].grid for i in good], mode), strict=True):
@@ -242,6 +240,20 @@ class VisionEncoder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+    def _prepare_all(self, images: Sequence[ImageInput]) -> list[Patches | InputError]:
+        """Prepares every input, several at a time: decoding and resizing release the interpreter's lock."""
+        threads = min(self.config.preprocess_threads or min(os.cpu_count() or 1, MOST_THREADS), len(images))
+        if threads <= 1:
+            return [self._prepare_one(image) for image in images]
+        with ThreadPoolExecutor(threads, thread_name_prefix="vitgraph") as pool:
+            return list(pool.map(self._prepare_one, images))
+
+    def _prepare_one(self, image: ImageInput) -> Patches | InputError:
+        try:
+            return self.prepare(image)
+        except InputError as error:
+            return error
 
     # -- helpers -----------------------------------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ ENGINE_FLAGS = {
     "--no-strict",
     "--memory-limit",
     "--metadata-cache",
+    "--preprocess-threads",
     "--verbose",
     "--no-verbose",
     "--compilation-config",
