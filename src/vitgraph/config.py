@@ -48,7 +48,7 @@ class EncoderConfig:
     )
     attention: str = _setting("auto", f"Attention backend: one of {', '.join(ATTENTION_NAMES)}.")
     lazy: bool = _setting(False, "Capture each budget on its first use instead of all of them up front.")
-    strict: bool = _setting(False, "Raise instead of running eager when a pack cannot use a graph.")
+    strict: bool = _setting(False, "Raise instead of running without a graph when a pack cannot use one.")
     memory_limit: int | None = _setting(
         None, "Stop capturing further budgets once graphs hold this many bytes of device memory."
     )

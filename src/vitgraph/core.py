@@ -62,7 +62,9 @@ class Pack:
 
 @dataclass(frozen=True)
 class VisionEmbedding:
-    """What a tower made of one item. The tensors own their memory: they never alias a graph.
+    """What a tower made of one item. The tensors never alias a graph's memory.
+
+    Items that ran in one pack are views of one tensor: clone an embedding that outlives its neighbours by far.
 
     Attributes:
         tokens: `[M, C]` in the tower's dtype and on its device.

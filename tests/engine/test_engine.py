@@ -83,7 +83,7 @@ def test_a_fallback_is_logged_once(caplog) -> None:
     encoder = make(budgets=(16,))
     for seed in range(3):
         encoder.encode_patches(rows_of(encoder, [(1, 20, 20)], seed), [(1, 20, 20)])
-    assert [r.levelname for r in caplog.records if "running eager" in r.message] == ["WARNING"]
+    assert [r.levelname for r in caplog.records if "running without a graph" in r.message] == ["WARNING"]
 
 
 def test_strict_raises_instead_of_falling_back() -> None:

@@ -14,6 +14,7 @@ import torch
 from families import clip_grids, image_grids
 from vitgraph import EncoderConfig, VisionEncoder
 from vitgraph.core import Grid
+from vitgraph.errors import FallbackError
 from vitgraph.models.registry import families
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -171,6 +172,8 @@ def test_lazy_capture_and_memory_limit() -> None:
         assert out[0].tokens.isfinite().all()
         assert encoder.stats.captured_graphs < len(BUDGETS)
         assert any("memory limit" in reason for reason in encoder.stats.fallbacks)
+    with make("qwen3_vl", memory_limit=1, strict=True) as encoder, pytest.raises(FallbackError, match="memory limit"):
+        encoder.encode_patches(pixels(encoder, [(1, 8, 8)], 0), [(1, 8, 8)])
 
 
 def test_weights_replaced_in_place_are_seen_without_recapture() -> None:

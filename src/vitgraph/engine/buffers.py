@@ -147,17 +147,22 @@ def offset_kind(spec: TowerSpec, name: str) -> str:
 
 @dataclass
 class StagingSlot:
-    """One host copy of the metadata block and of the pixel rows, and the event after its last transfer."""
+    """One host copy of the metadata block (also as numpy `bytes`) and of the pixel rows, and the event after its
+    last transfer."""
 
     block: Tensor
     pixels: Tensor
     event: torch.cuda.Event | None = None
+    bytes: np.ndarray = field(init=False)
     _arrays: dict[MetadataLayout, dict[str, np.ndarray]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.bytes = self.block.numpy()
 
     def arrays(self, layout: MetadataLayout) -> dict[str, np.ndarray]:
         """The block as the buffers of one layout."""
         if layout not in self._arrays:
-            self._arrays[layout] = layout.arrays(self.block.numpy())
+            self._arrays[layout] = layout.arrays(self.bytes)
         return self._arrays[layout]
 
     def wait(self) -> None:

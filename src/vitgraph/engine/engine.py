@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from threading import RLock
@@ -24,7 +24,7 @@ from vitgraph.engine.stats import Stats
 from vitgraph.errors import EngineReleasedError, FallbackError, PatchError
 from vitgraph.models.contract import Tower, TowerBuffers
 from vitgraph.planning.budgets import Budget, make_budgets
-from vitgraph.planning.metadata import GridPlan, MetadataCache
+from vitgraph.planning.metadata import BlockCache, GridPlan, MetadataCache
 from vitgraph.planning.packing import plan_packs
 
 logger = logging.getLogger("vitgraph")
@@ -66,6 +66,7 @@ class Engine:
         self.budgets: tuple[Budget, ...] = make_budgets(self.spec, config)
         self._layouts = [MetadataLayout(self.spec, b.capacity, attention) for b in self.budgets]
         self._cache = MetadataCache(self.spec.counts, tower.metadata, config.metadata_cache)
+        self._blocks = BlockCache()
         self._stats = Stats()
         self._lock = RLock()
         self._arena: Arena | None = None
@@ -73,6 +74,7 @@ class Engine:
         self._graphs: dict[int, CapturedGraph] = {}
         self._pool: GraphPool | None = None
         self._last_run: torch.cuda.Event | None = None
+        self._last_stream: torch.cuda.Stream | None = None
         self._logged: set[str] = set()
         self._released = False
         self._captured = not (config.graph and device.type == "cuda")
@@ -142,7 +144,7 @@ class Engine:
             EngineReleasedError: after `release()`.
         """
         with self._lock, self._guard():
-            if mode == "auto" and not self.config.lazy:
+            if mode == "auto" and not self._captured and not self.config.lazy:
                 self.capture()
             mode = mode if self.config.graph else "eager"
             packs = plan_packs(self.spec, self.budgets, grids, split=mode != "eager")
@@ -165,6 +167,10 @@ class Engine:
                 graph_bytes=self._pool.nbytes if self._pool else 0,
                 static_bytes=self._arena.nbytes if self._arena else 0,
             )
+
+    def captured(self, budget: int) -> CapturedGraph:
+        """The graph of a captured budget, by its index."""
+        return self._graphs[budget]
 
     @torch.inference_mode()
     def poison_padding(self) -> None:
@@ -199,6 +205,9 @@ class Engine:
         else:
             self._count_replay(pack)
             output = self._run_padded(pack, plans, pixels, use_graph=mode == "auto")
+        if len(plans) == 1:
+            parts[pack.pieces[0].item].append((pack.pieces[0].first_frame, output))
+            return
         pieces = output.split([plan.counts["token"] for plan in plans], dim=1)
         for piece, tokens in zip(pack.pieces, pieces, strict=True):
             parts[piece.item].append((piece.first_frame, tokens))
@@ -208,8 +217,12 @@ class Engine:
     ) -> Tensor:
         assert pack.budget is not None
         buffers = self._static(pack.budget)
-        self._wait_for_last_run()
-        self._fill(buffers, plans, pixels)
+        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        if stream is not None and self._last_run is not None and self._last_stream != stream:
+            # Static buffers are shared: whatever stream the caller uses, a run follows the one before it.
+            stream.wait_event(self._last_run)
+        grids = tuple(piece.grid for piece in pack.pieces)
+        self._fill(buffers, plans, pixels, stream, (pack.budget, grids))
         if use_graph and self.device.type == "cuda" and self._has_graph(pack.budget):
             output = self._graphs[pack.budget].replay()
             self._stats.graph_replays += 1
@@ -217,7 +230,9 @@ class Engine:
             output = self.tower(self._uncaptured_inputs(buffers.inputs, plans))
         # The next replay writes over this memory, so the caller gets a copy of the rows that are his.
         output = output[:, : pack.counts["token"]].clone()
-        self._mark_run()
+        if stream is not None:
+            self._last_run, self._last_stream = self._last_run or torch.cuda.Event(), stream
+            self._last_run.record(stream)
         return output
 
     def _run_exact(self, total: Counts, plans: Sequence[GridPlan], pixels: Sequence[PieceRows]) -> Tensor:
@@ -227,15 +242,31 @@ class Engine:
         self._fill(buffers, plans, pixels)
         return self.tower(self._uncaptured_inputs(buffers.inputs, plans))
 
-    def _fill(self, buffers: StaticBuffers, plans: Sequence[GridPlan], pixels: Sequence[PieceRows]) -> None:
-        """One staged copy of all metadata, then the pixel rows, all in stream order."""
+    def _fill(
+        self,
+        buffers: StaticBuffers,
+        plans: Sequence[GridPlan],
+        pixels: Sequence[PieceRows],
+        stream: torch.cuda.Stream | None = None,
+        key: Hashable = None,
+    ) -> None:
+        """One staged copy of all metadata, then the pixel rows, all in stream order.
+
+        Args:
+            buffers: to fill.
+            plans, pixels: of the pieces, in row order.
+            stream: the current stream, or None to look it up.
+            key: names the pack's metadata among packs that come again; None for one that is not kept.
+        """
         arena, layout = buffers.arena, buffers.layout
         slot = arena.next_slot()
-        layout.write(slot.arrays(layout), plans)
+        if not self._blocks.restore(key, slot.bytes):
+            layout.write(slot.arrays(layout), plans)
+            self._blocks.keep(key, slot.bytes[: layout.nbytes], len(plans))
         arena.block[: layout.nbytes].copy_(slot.block[: layout.nbytes], non_blocking=True)
         copy_rows(buffers.inputs.pixel_values, pixels, slot.pixels)
         if slot.event is not None:
-            slot.event.record()
+            slot.event.record(stream)
 
     def _uncaptured_inputs(self, inputs: TowerBuffers, plans: Sequence[GridPlan]) -> TowerBuffers:
         """On the CPU the reference attention may use the host's segment lengths; nothing else changes."""
@@ -259,12 +290,15 @@ class Engine:
         return self._buffers[index]
 
     def _has_graph(self, index: int) -> bool:
-        if index in self._graphs:
+        """Whether the budget's graph can be replayed; with `lazy`, captures it on its first use."""
+        if index in self._graphs or (not self._captured and self._capture_one(index)):
             return True
-        if self._captured:
-            self._count_fallback("budget not captured: memory limit reached")
-            return False
-        return self._capture_one(index)
+        self._captured = True  # the memory limit is reached: no later budget can be captured either
+        reason = "budget not captured: memory limit reached"
+        if self.config.strict:
+            raise FallbackError(f"strict=True and budget {self.budgets[index].tokens} has no graph: {reason}.")
+        self._count_fallback(reason)
+        return False
 
     def _warm_up_indexes(self, order: Sequence[int]) -> set[int]:
         """Budgets that run once before capture: the largest, the smallest, and the first with each tile size.
@@ -305,20 +339,12 @@ class Engine:
 
     # -- order on the device, errors, counters -----------------------------------------------------------------
 
-    def _wait_for_last_run(self) -> None:
-        """Static buffers are shared: whatever stream the caller uses, a run follows the one before it."""
-        if self._last_run is not None:
-            torch.cuda.current_stream(self.device).wait_event(self._last_run)
-
-    def _mark_run(self) -> None:
-        if self.device.type == "cuda":
-            self._last_run = self._last_run or torch.cuda.Event()
-            self._last_run.record(torch.cuda.current_stream(self.device))
-
     def _guard(self) -> AbstractContextManager[object]:
         if self._released:
             raise EngineReleasedError("this encoder was released; make a new one with from_pretrained().")
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        if self.device.type != "cuda" or torch.cuda.current_device() == self.device.index:
+            return nullcontext()
+        return torch.cuda.device(self.device)
 
     def _fall_back(self, pack: Pack) -> None:
         if self.config.graph and self.config.strict:
@@ -331,7 +357,7 @@ class Engine:
         self._stats.fallbacks[reason] = self._stats.fallbacks.get(reason, 0) + 1
         if reason not in self._logged:
             self._logged.add(reason)
-            logger.warning("running eager: %s (logged once, counted in stats.fallbacks)", reason)
+            logger.warning("running without a graph: %s (logged once, counted in stats.fallbacks)", reason)
 
     def _count_replay(self, pack: Pack) -> None:
         assert pack.budget is not None

@@ -93,12 +93,9 @@ class SmartResizeProcessor(Processor):
     max_video_tokens: int = 128_000
 
     def __post_init__(self) -> None:
-        check_positive(
-            self,
-            ("patch_size", "temporal_patch_size", "merge_size", "min_pixels", "max_pixels",
-            "video_min_pixels",
-             "video_max_pixels", "fps", "min_frames", "max_frames", "rescale_factor", "max_video_tokens"),
-        )  # fmt: skip
+        check_positive(self, ("patch_size", "temporal_patch_size", "merge_size", "rescale_factor"))
+        check_positive(self, ("min_pixels", "max_pixels", "video_min_pixels", "video_max_pixels"))
+        check_positive(self, ("fps", "min_frames", "max_frames", "max_video_tokens"))
         check_order(self, "min_pixels", "max_pixels")
         check_order(self, "video_min_pixels", "video_max_pixels")
         check_order(self, "min_frames", "max_frames")
@@ -127,9 +124,8 @@ class SmartResizeProcessor(Processor):
         image = dict(preprocessor_config or {})
         video = dict(image if video_preprocessor_config is None else video_preprocessor_config)
         values = dict(family_defaults)
-        shared = ("patch_size", "temporal_patch_size", "merge_size", "do_resize", "do_rescale",
-        "rescale_factor",
-                  "do_normalize", "resample")  # fmt: skip
+        sizes = ("patch_size", "temporal_patch_size", "merge_size")
+        shared = (*sizes, "do_resize", "do_rescale", "rescale_factor", "do_normalize", "resample")
         values |= {name: image[name] for name in shared if image.get(name) is not None}
         values |= triples(image, image_mean="image_mean", image_std="image_std")
         values |= triples(video, image_mean="video_mean", image_std="video_std")
@@ -294,7 +290,5 @@ class NavitProcessor(Processor):
         return Grid(1, size.padded_height // self.patch_size, size.padded_width // self.patch_size)
 
     def _size(self, height: int, width: int) -> Any:
-        return navit_resize(
-            height, width, self.patch_size, self.merge_size, self.max_patches, self.max_side_patches,
-            fit_sides=self.fit_sides,
-        )  # fmt: skip
+        limits = self.max_patches, self.max_side_patches
+        return navit_resize(height, width, self.patch_size, self.merge_size, *limits, fit_sides=self.fit_sides)

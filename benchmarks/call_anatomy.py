@@ -1,0 +1,106 @@
+"""Where one `encode_patches` call spends its time: host work, replays, and what the caller waits for.
+
+    python benchmarks/call_anatomy.py [--geometry qwen3-vl-8b] [--compile] [--json FILE]
+
+Needs a CUDA device. Per workload, medians: `call` is the wall clock around the call and a synchronisation, `host` the
+part of it before the call returns, `replay` the device time of the packs' graphs alone. Random weights and pixels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from vitgraph import EncoderConfig, VisionEncoder
+from vitgraph.bench.geometries import geometry
+from vitgraph.bench.report import environment
+from vitgraph.bench.workloads import parse_workload, random_patches
+
+MIXED = "1x14x14+11x20x20+6x28x28+8x42x42+6x64x64"
+WORKLOADS = ("1x14x14", "1x20x20", "1x28x28", "1x42x42", "1x64x64", "1x84x84", "8x20x20", "20x20x20", MIXED)
+RUNS, WARMUP = 30, 5
+
+
+def call_times(call: Callable[[], object]) -> tuple[float, float]:
+    """Median wall clock and host time of one call, milliseconds."""
+    walls, hosts = [], []
+    for run in range(WARMUP + RUNS):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        returned = time.perf_counter()
+        torch.cuda.synchronize()
+        if run >= WARMUP:
+            walls.append((time.perf_counter() - start) * 1e3)
+            hosts.append((returned - start) * 1e3)
+    return statistics.median(walls), statistics.median(hosts)
+
+
+def device_time(call: Callable[[], object]) -> float:
+    """Median time between events around one call, milliseconds."""
+    times = []
+    for run in range(WARMUP + RUNS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        if run >= WARMUP:
+            times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def anatomy(encoder: VisionEncoder, text: str) -> dict[str, object]:
+    """One row of the table."""
+    workload = parse_workload(text)
+    pixels = random_patches(workload, encoder.spec.patch_width).to(encoder.device, encoder.dtype)
+    call, host = call_times(lambda: encoder.encode_patches(pixels, workload.grids))
+    packs = encoder.plan(workload.grids)
+    budgets = [encoder.budgets[pack.budget].tokens for pack in packs if pack.budget is not None]
+    graphs = [encoder.engine.captured(pack.budget).graph for pack in packs if pack.budget is not None]
+    replay = sum(device_time(graph.replay) for graph in graphs)
+    tokens = sum(pack.counts["token"] for pack in packs)
+    return {
+        "workload": text,
+        "call_ms": call,
+        "host_ms": host,
+        "replay_ms": replay,
+        "budgets": budgets,
+        "padding": 1 - tokens / sum(budgets),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--geometry", default="qwen3-vl-8b")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    config = EncoderConfig(compile=arguments.compile)
+    with VisionEncoder.from_config(geometry(arguments.geometry), device="cuda", config=config) as encoder:
+        start = time.perf_counter()
+        encoder.capture(progress=False)
+        capture = time.perf_counter() - start
+        stats = encoder.stats
+        rows = [anatomy(encoder, text) for text in WORKLOADS]
+        report = {**environment(encoder.device), "geometry": arguments.geometry, "compile": arguments.compile}
+    report |= {"capture_seconds": capture, "graphs": stats.captured_graphs, "graph_bytes": stats.graph_bytes}
+    report |= {"static_bytes": stats.static_bytes, "results": rows}
+    print(f"{stats.captured_graphs} graphs captured in {capture:.2f} s, pool {stats.graph_bytes / 1e6:.0f} MB")
+    for row in rows:
+        print(
+            f"{row['workload'][:12]:12} call {row['call_ms']:8.2f} ms  host {row['host_ms']:6.2f} ms  "
+            f"replay {row['replay_ms']:8.2f} ms  padding {row['padding']:6.1%}  budgets {row['budgets']}"
+        )
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
