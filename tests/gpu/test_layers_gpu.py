@@ -10,7 +10,7 @@ from torch import nn
 from vitgraph.layers.block import Attention, Block
 from vitgraph.layers.mlp import GatedMlp, Mlp
 from vitgraph.layers.norm import RMSNorm
-from vitgraph.layers.ops import linear_gelu_tanh, norm_and_add, rotate_qk
+from vitgraph.layers.ops import add_norm, fused_norm, linear_gelu_tanh, rotate_qk
 from vitgraph.layers.rotary import apply_rotary
 from vitgraph.models.weights import randomise
 
@@ -34,16 +34,20 @@ def test_rotary_equals_its_plain_form_bitwise(heads: int, head_dim: int) -> None
 
 @pytest.mark.parametrize("dim", [64, 1152, 1280, 1536, 3200])
 @pytest.mark.parametrize("kind", [nn.LayerNorm, RMSNorm])
-def test_norm_equals_torch(kind: type, dim: int) -> None:
-    norm = kind(dim, eps=1e-6).cuda().to(torch.bfloat16)
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_norm_equals_torch(kind: type, dim: int, with_bias: bool) -> None:
+    norm = kind(dim, eps=1e-6).cuda().to(torch.bfloat16).requires_grad_(False)
     randomise(norm, 0)
     x = 3 * torch.randn(33, dim, device="cuda", dtype=torch.bfloat16) + 1
-    add = torch.randn(dim, device="cuda", dtype=torch.bfloat16)
-    y, total = norm_and_add(x, norm, add)
-    assert error(y, norm.float()(x.float())) < 4e-3
-    assert torch.equal(total, x + add)
-    norm.to(torch.bfloat16)
-    assert norm_and_add(x, norm, None)[1] is x
+    delta = torch.randn(33, dim, device="cuda", dtype=torch.bfloat16)
+    bias = torch.randn(dim, device="cuda", dtype=torch.bfloat16) if with_bias else None
+    alone = fused_norm(x, norm)
+    y, residual = add_norm(x, delta, norm, bias)
+    norm.float()
+    assert error(alone, norm(x.float())) < 4e-3
+    total = x.float() + delta.float()
+    assert error(y, norm(total)) < 4e-3
+    assert torch.equal(residual, (total if bias is None else total + bias.float()).to(torch.bfloat16))
 
 
 def test_gelu_epilogue_is_the_tanh_form() -> None:
@@ -58,10 +62,10 @@ def test_gelu_epilogue_is_the_tanh_form() -> None:
 @pytest.mark.parametrize("norm", [nn.LayerNorm, RMSNorm])
 @pytest.mark.parametrize("bias", [True, False])
 def test_fused_block_equals_the_plain_one(norm, mlp, bias: bool) -> None:
-    def mean(q, k, v, segments, scale):
+    def mix(q, k, v, segments, scale):
         return v - q * 0.1 + k * 0.2
 
-    attn = Attention(128, 4, mean, qkv_bias=bias, proj_bias=bias)
+    attn = Attention(128, 4, mix, qkv_bias=bias, proj_bias=bias)
     block = Block(lambda: norm(128, eps=1e-6), attn, mlp()).cuda().to(torch.bfloat16).requires_grad_(False)
     randomise(block, 1)
     x = torch.randn(70, 128, device="cuda", dtype=torch.bfloat16)

@@ -169,7 +169,8 @@ class Engine:
             )
 
     def captured(self, budget: int) -> CapturedGraph:
-        """The graph of a captured budget, by its index."""
+        """The graph of a captured budget, by its index. Only the budget that ran last may be replayed by hand: the
+        static buffers hold its metadata."""
         return self._graphs[budget]
 
     @torch.inference_mode()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vitgraph.attention.base import Segments, VarlenAttention
 from vitgraph.layers.mlp import BlockMlp
-from vitgraph.layers.ops import fuses_residual, norm_and_add, rotate_qk
+from vitgraph.layers.ops import add_norm, fused_norm, fuses_residual, rotate_qk
 
 Rotary = tuple[Tensor, Tensor]
 """cos and sin, each `[P, Dh/2]` fp32."""
@@ -53,16 +53,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotary: Rotary | None, segments: Segments) -> Tensor:
         """`x [P, D]` -> `[P, D]`."""
-        return self.proj(self.mix(x, rotary, segments))
-
-    def mix(self, x: Tensor, rotary: Rotary | None, segments: Segments) -> Tensor:
-        """Everything before the output projection: `x [P, D]` -> `[P, D]`."""
         qkv = self.qkv(x).unflatten(1, (3, self.heads, self.head_dim))
         qk = qkv[:, :2]
         if self.q_norm is not None and self.k_norm is not None:
             qk = torch.stack([self._normalise(qk[:, 0], self.q_norm), self._normalise(qk[:, 1], self.k_norm)], 1)
         q, k = (qk if rotary is None else rotate_qk(qk, *rotary)).unbind(1)
-        return self.backend(q, k, qkv[:, 2], segments, self.scale).flatten(1)
+        return self.proj(self.backend(q, k, qkv[:, 2], segments, self.scale).flatten(1))
 
     def _normalise(self, x: Tensor, norm: nn.Module) -> Tensor:
         return norm(x) if self.norm_per_head else norm(x.flatten(1)).view_as(x)
@@ -98,9 +94,9 @@ class Block(nn.Module):
         return x + (y if self.scale2 is None else self.scale2 * y)
 
     def _forward_fused(self, x: Tensor, rotary: Rotary | None, segments: Segments) -> Tensor:
-        """The same function: each norm also adds the bias of the sublayer's last GEMM to the residual, and the GEMM
-        adds its product to that."""
-        y, x = norm_and_add(x, self.norm1, self.attn.proj.bias)
-        x = torch.addmm(x, self.attn.mix(y, rotary, segments), self.attn.proj.weight.t())
-        y, x = norm_and_add(x, self.norm2, self.mlp.down.bias)
-        return torch.addmm(x, self.mlp.up(y), self.mlp.down.weight.t())
+        """The same function. The second norm adds the attention's output to the residual in fp32, with the bias of
+        the last GEMM, and that GEMM adds its product: two roundings of the residual, as in the plain form."""
+        y = self.attn(fused_norm(x, self.norm1), rotary, segments)
+        down = self.mlp.down
+        y, x = add_norm(x, y, self.norm2, down.bias)
+        return torch.addmm(x, self.mlp.up(y), down.weight.t())

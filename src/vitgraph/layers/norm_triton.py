@@ -1,7 +1,7 @@
-"""LayerNorm and RMSNorm of every row in one Triton kernel, which also adds a vector to the row it has read.
+"""Norm of a residual stream in one Triton kernel: add a sublayer's output, normalise, prepare the next residual.
 
-The block uses the second output as the residual of the GEMM that follows: with the GEMM's bias already in it, product,
-bias and residual leave the tensor cores in one write.
+Per row, in fp32: `total = x + delta`; the first result is `norm(total)`, the second `total + bias`, each rounded once.
+With the bias of the block's last GEMM in the second result, that GEMM adds product and residual in one write.
 """
 
 from __future__ import annotations
@@ -15,65 +15,91 @@ from torch import Tensor
 @triton.jit
 def _norm_kernel(
     x_ptr,
+    delta_ptr,
     weight_ptr,
+    norm_bias_ptr,
     bias_ptr,
-    add_ptr,
     y_ptr,
-    sum_ptr,
+    residual_ptr,
     eps,
     DIM: tl.constexpr,
     DIM_P2: tl.constexpr,
     RMS: tl.constexpr,
-    ADD: tl.constexpr,
+    DELTA: tl.constexpr,
+    BIAS: tl.constexpr,
 ):
     """One program normalises one row."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, DIM_P2)
     mask = cols < DIM
-    stored = tl.load(x_ptr + row * DIM + cols, mask=mask, other=0.0)
-    x = stored.to(tl.float32)
-    if ADD:
-        add = tl.load(add_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-        tl.store(sum_ptr + row * DIM + cols, (x + add).to(stored.dtype), mask=mask)
+    dtype = y_ptr.dtype.element_ty
+    x = tl.load(x_ptr + row * DIM + cols, mask=mask, other=0.0).to(tl.float32)
+    if DELTA:
+        x += tl.load(delta_ptr + row * DIM + cols, mask=mask, other=0.0).to(tl.float32)
+        residual = x
+        if BIAS:
+            residual += tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+        tl.store(residual_ptr + row * DIM + cols, residual.to(dtype), mask=mask)
     weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     if RMS:
         scaled = x * tl.rsqrt(tl.sum(x * x, 0) / DIM + eps)
         # The reference casts before it multiplies by the weight.
-        y = weight * scaled.to(stored.dtype).to(tl.float32)
+        y = weight * scaled.to(dtype).to(tl.float32)
     else:
         centred = tl.where(mask, x - tl.sum(x, 0) / DIM, 0.0)
-        bias = tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-        y = centred * tl.rsqrt(tl.sum(centred * centred, 0) / DIM + eps) * weight + bias
-    tl.store(y_ptr + row * DIM + cols, y.to(stored.dtype), mask=mask)
+        norm_bias = tl.load(norm_bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+        y = centred * tl.rsqrt(tl.sum(centred * centred, 0) / DIM + eps) * weight + norm_bias
+    tl.store(y_ptr + row * DIM + cols, y.to(dtype), mask=mask)
 
 
-def norm_and_add(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, add: Tensor | None
+def norm(x: Tensor, weight: Tensor, norm_bias: Tensor | None, eps: float) -> Tensor:
+    """`norm(x)`: `x [P, D]` contiguous, `weight`, `norm_bias [D]`; without a bias it is RMSNorm."""
+    y = torch.empty_like(x)
+    _launch(x, None, weight, norm_bias, None, y, None, eps)
+    return y
+
+
+def add_norm(
+    x: Tensor, delta: Tensor, weight: Tensor, norm_bias: Tensor | None, eps: float, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """`norm(x)` and `x + add`, both `[P, D]` in the dtype of `x`.
+    """`norm(x + delta)` and `x + delta + bias`.
 
     Args:
-        x: `[P, D]`, contiguous.
-        weight, bias: `[D]`; without a bias it is RMSNorm.
+        x, delta: `[P, D]`, contiguous.
+        weight, norm_bias: `[D]` of the norm; without a bias it is RMSNorm.
         eps: of the norm.
-        add: `[D]`, or None: then the second result is `x` itself.
+        bias: `[D]`, or None for none.
     """
+    y, residual = torch.empty_like(x), torch.empty_like(x)
+    _launch(x, delta, weight, norm_bias, bias, y, residual, eps)
+    return y, residual
+
+
+def _launch(
+    x: Tensor,
+    delta: Tensor | None,
+    weight: Tensor,
+    norm_bias: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor,
+    residual: Tensor | None,
+    eps: float,
+) -> None:
     rows, dim = x.shape
-    assert x.is_contiguous(), "rows must lie one after another"
-    y = torch.empty_like(x)
-    total = x if add is None else torch.empty_like(x)
+    assert x.is_contiguous() and (delta is None or delta.is_contiguous()), "rows must lie one after another"
     _norm_kernel[(rows,)](
         x,
+        x if delta is None else delta,
         weight,
+        weight if norm_bias is None else norm_bias,
         weight if bias is None else bias,
-        weight if add is None else add,
         y,
-        total,
+        y if residual is None else residual,
         eps,
         DIM=dim,
         DIM_P2=triton.next_power_of_2(dim),
-        RMS=bias is None,
-        ADD=add is not None,
+        RMS=norm_bias is None,
+        DELTA=delta is not None,
+        BIAS=bias is not None,
         num_warps=1 if dim <= 2048 else 4,
     )
-    return y, total

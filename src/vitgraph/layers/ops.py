@@ -44,19 +44,30 @@ def _rotate_op(qk: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def fuses_residual(x: Tensor, norm: nn.Module) -> bool:
-    """Whether `norm_and_add` has a kernel for this input and norm; torch.compile fuses better by itself."""
+    """Whether `fused_norm` and `add_norm` have a kernel for this input and norm; torch.compile fuses by itself."""
     if not (x.is_cuda and HAS_TRITON and x.dtype in HALF_DTYPES) or torch.compiler.is_compiling():
         return False
     return isinstance(norm, (nn.LayerNorm, RMSNorm))
 
 
-def norm_and_add(x: Tensor, norm: nn.Module, add: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`norm(x)` and `x + add` (`x` itself without `add`) in one kernel, where `fuses_residual` says so."""
+def fused_norm(x: Tensor, norm: nn.Module) -> Tensor:
+    """`norm(x)` in one kernel, where `fuses_residual` says so."""
     from vitgraph.layers import norm_triton
 
     assert isinstance(norm, (nn.LayerNorm, RMSNorm))
-    bias = norm.bias if isinstance(norm, nn.LayerNorm) else None
-    return norm_triton.norm_and_add(x, norm.weight, bias, norm.eps, add)
+    return norm_triton.norm(x, norm.weight, _bias(norm), norm.eps)
+
+
+def add_norm(x: Tensor, delta: Tensor, norm: nn.Module, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`norm(x + delta)` and `x + delta + bias` in one kernel, where `fuses_residual` says so."""
+    from vitgraph.layers import norm_triton
+
+    assert isinstance(norm, (nn.LayerNorm, RMSNorm))
+    return norm_triton.add_norm(x, delta, norm.weight, _bias(norm), norm.eps, bias)
+
+
+def _bias(norm: nn.LayerNorm | RMSNorm) -> Tensor | None:
+    return norm.bias if isinstance(norm, nn.LayerNorm) else None
 
 
 def linear_gelu_tanh(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
