@@ -35,7 +35,18 @@ ENGINE_FLAGS = {
 }
 FLAGS = {
     "demo": {"--family", "--out", "--device"},
-    "encode": {"--out", "--force", "--batch", "--device", "--dtype", "--fps", "--num-frames"},
+    "encode": {
+        "--out",
+        "--force",
+        "--batch",
+        "--device",
+        "--dtype",
+        "--fps",
+        "--num-frames",
+        "--video-max-frames",
+        "--video-min-pixels",
+        "--video-max-pixels",
+    },
     "inspect": {"--dtype", "--json"},
     "bench": {
         "--geometry",

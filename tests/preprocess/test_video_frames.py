@@ -216,3 +216,15 @@ def test_a_file_goes_all_the_way(counting):
     patches = QWEN3.prepare(Video(encode_video(counting)))
     assert patches.grid == Grid(3, 4, 4)
     assert np.isfinite(patches.pixel_values).all()
+
+
+def test_a_clip_may_bring_its_own_bounds_of_pixels():
+    frames = np.zeros((4, 300, 400, 3), np.uint8)
+    processor = SmartResizeProcessor(patch_size=16, video_min_pixels=64 * 64, video_max_pixels=1024 * 1024)
+    plain = processor.video(Video(frames)).grid
+    small = processor.video(Video(frames, max_pixels=128 * 128)).grid
+    large = processor.video(Video(frames, min_pixels=512 * 512)).grid
+    assert small.h * small.w * 16**2 <= 128 * 128 < plain.h * plain.w * 16**2
+    assert large.h * large.w * 16**2 >= 512 * 512 > plain.h * plain.w * 16**2
+    with pytest.raises(VideoError, match="max_pixels=1 are no bounds"):
+        processor.video(Video(frames, max_pixels=1))

@@ -40,6 +40,9 @@ def encode(
     ] = None,
     fps: Annotated[float | None, typer.Option(help="Frames to sample per second of video.")] = None,
     num_frames: Annotated[int | None, typer.Option(help="Frames to sample over a whole video.")] = None,
+    video_max_frames: Annotated[int | None, typer.Option(help="Most frames to sample from a video.")] = None,
+    video_min_pixels: Annotated[int | None, typer.Option(help="Least pixels of a resized video.")] = None,
+    video_max_pixels: Annotated[int | None, typer.Option(help="Most pixels of a resized video.")] = None,
 ) -> None:
     """Encode images and videos into a safetensors file.
 
@@ -56,7 +59,15 @@ def encode(
 
         with VisionEncoder.from_pretrained(model, device=device, dtype=dtype, config=config) as encoder:
             facts = {"model": model, "family": encoder.spec.family, "dtype": str(encoder.dtype).removeprefix("torch.")}
-            batches = _batches(found.files, batch, fps, num_frames)
+            batches = _batches(
+                found.files,
+                batch,
+                fps=fps,
+                num_frames=num_frames,
+                max_frames=video_max_frames,
+                min_pixels=video_min_pixels,
+                max_pixels=video_max_pixels,
+            )
             with EmbeddingFile(out, facts) as target:
                 failures |= _encode_all(encoder, batches, len(found.files), target)
     _report(out, len(found.files) + len(found.failures), failures)
@@ -70,15 +81,13 @@ def _check_video_extra(files: Sequence[Path]) -> None:
         raise MissingExtraError("av", "video", "decoding a video file")
 
 
-def _batches(
-    files: Sequence[Path], size: int, fps: float | None, num_frames: int | None
-) -> Iterator[list[tuple[str, Any]]]:
-    """Lists of (key, input), `size` files at a time."""
+def _batches(files: Sequence[Path], size: int, **sampling: Any) -> Iterator[list[tuple[str, Any]]]:
+    """Lists of (key, input), `size` files at a time; `sampling` are fields of `Video`."""
     from vitgraph.preprocess.inputs import Video
 
     for start in range(0, len(files), size):
         yield [
-            (path.as_posix(), Video(path, fps=fps, num_frames=num_frames) if is_video(path) else path)
+            (path.as_posix(), Video(path, **sampling) if is_video(path) else path)
             for path in files[start : start + size]
         ]
 

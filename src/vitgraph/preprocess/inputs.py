@@ -38,6 +38,8 @@ class Video:
         num_frames: frames to sample over the whole clip, instead of `fps`.
         max_frames: most frames to sample.
         source_fps: rate of `source` when it is a sequence of frames.
+        min_pixels, max_pixels: bounds of the resized clip, instead of the checkpoint's; what they count is the
+            family's rule: pixels of one frame, or of all frames together.
     """
 
     source: Any
@@ -45,6 +47,8 @@ class Video:
     num_frames: int | None = None
     max_frames: int | None = None
     source_fps: float | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
 
 
 ImageInput = Union[str, "PathLike[str]", bytes, "Image", "np.ndarray", "Tensor", Patches, Video]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import PIL.Image
 
 from vitgraph.core import Grid
-from vitgraph.errors import ConfigError, ImageError
+from vitgraph.errors import ConfigError, ImageError, VideoError
 from vitgraph.preprocess.base import Processor
 from vitgraph.preprocess.hf import (
     Json,
@@ -161,10 +161,21 @@ class SmartResizeProcessor(Processor):
     def video(self, video: Video) -> Patches:
         """Patch rows of a clip: float32 `[P, 3 * T * p * p]` and Grid(ceil(sampled frames / T), h, w)."""
         sampling = Sampling(self.sampling, self.fps, self.min_frames, self.max_frames, self.temporal_patch_size)
-        clip = load_frames(video, sampling, self.frame_size, self.resample)
+        clip = load_frames(video, sampling, self._bounded(video).frame_size, self.resample)
         table = self._table("fused", self.video_mean or self.image_mean, self.video_std or self.image_std)
         frames = normalize(clip.frames, table)
         return Patches(*patchify_blocks(frames, self.patch_size, self.temporal_patch_size, self.merge_size))
+
+    def _bounded(self, video: Video) -> SmartResizeProcessor:
+        """This processor with the bounds that the caller gave for one clip."""
+        if video.min_pixels is None and video.max_pixels is None:
+            return self
+        low = self.video_min_pixels if video.min_pixels is None else video.min_pixels
+        high = self.video_max_pixels if video.max_pixels is None else video.max_pixels
+        try:
+            return replace(self, video_min_pixels=low, video_max_pixels=high)
+        except ConfigError as error:
+            raise VideoError(f"min_pixels={low} and max_pixels={high} are no bounds for a clip: {error}") from error
 
     def frame_size(self, num_frames: int, height: int, width: int) -> tuple[int, int]:
         """Height and width that the frames of a clip are resized to, in pixels."""
