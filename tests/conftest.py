@@ -11,6 +11,8 @@ from hypothesis import settings
 # Slow machines are no failure; a clean check tries the same examples every time.
 settings.register_profile("default", deadline=None, derandomize=os.environ.get("CI") == "true")
 settings.load_profile("default")
+# Tiny towers: threads cost more than they bring, above all on a shared machine.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -24,13 +24,14 @@ from vitgraph.pictures import Exhibit, PackFacts, describe_pack, draw_packing
 from vitgraph.preprocess.inputs import Video
 
 if TYPE_CHECKING:
+    from vitgraph.models.contract import TowerSpec
     from vitgraph.models.registry import Family
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Largest relative error |packed - alone| / |alone| that rounding explains, by dtype."""
 
 LONG_SIDES = (448, 320, 640, 224, 384, 288, 512)
-CLIP_FRAMES = 8
+CLIP_PATCHES = 4
 CLIP_SIZE = (288, 192)
 CLIP_FPS = 4.0
 
@@ -82,8 +83,8 @@ def demonstrate(family: Family, out: Path, config: EncoderConfig, device: str | 
     """
     folder = out / family.name
     checkpoint = write_tiny_checkpoint(family.name, folder / "checkpoint")
-    samples = make_samples(family.modalities)
     with VisionEncoder.from_pretrained(checkpoint, device=device, config=config) as encoder:
+        samples = make_samples(encoder.spec)
         encoder.capture()
         embeddings = encoder.encode([sample.image for sample in samples])
         alone = [encoder.encode([sample.image], mode="eager")[0] for sample in samples]
@@ -103,7 +104,7 @@ def demonstrate(family: Family, out: Path, config: EncoderConfig, device: str | 
         )
 
 
-def make_samples(modalities: Sequence[str]) -> list[Sample]:
+def make_samples(spec: TowerSpec) -> list[Sample]:
     """The shipped photographs at several sizes and, for families with video, a clip that pans over one of them."""
     photographs = [(path.stem, Image.open(path).convert("RGB")) for path in sample_photographs()]
     samples = []
@@ -112,23 +113,24 @@ def make_samples(modalities: Sequence[str]) -> list[Sample]:
         image = _resized(photograph, side)
         label = f"#{number} {name}"
         samples.append(Sample(label, image, Exhibit(label, [image])))
-    if "video" in modalities:
+    if "video" in spec.modalities:
         widest = max(photographs, key=lambda named: named[1].width / named[1].height)
-        samples.append(_clip(len(samples), *widest))
+        samples.append(_clip(len(samples), *widest, spec.temporal_patch))
     return samples
 
 
-def _clip(number: int, name: str, photograph: Image.Image) -> Sample:
+def _clip(number: int, name: str, photograph: Image.Image, temporal_patch: int) -> Sample:
+    """A camera that pans over the photograph, for as many frames as CLIP_PATCHES temporal patches take."""
     width, height = CLIP_SIZE
     scale = max(1.6 * width / photograph.width, height / photograph.height)
     wide = photograph.resize((round(photograph.width * scale), round(photograph.height * scale)))
     travel, top = wide.width - width, (wide.height - height) // 2
-    starts = [travel * frame // (CLIP_FRAMES - 1) for frame in range(CLIP_FRAMES)]
+    count = CLIP_PATCHES * temporal_patch
+    starts = [travel * frame // (count - 1) for frame in range(count)]
     frames = [wide.crop((x, top, x + width, top + height)) for x in starts]
     label = f"#{number} clip of {name}"
-    video = Video(frames, source_fps=CLIP_FPS, num_frames=CLIP_FRAMES)
-    # The picture shows one frame per temporal patch; a temporal patch covers two frames in every family with video.
-    return Sample(label, video, Exhibit(label, frames[::2]))
+    video = Video(frames, source_fps=CLIP_FPS, num_frames=count)
+    return Sample(label, video, Exhibit(label, frames[::temporal_patch]))
 
 
 def _resized(image: Image.Image, side: int) -> Image.Image:

@@ -66,5 +66,7 @@ def test_bad_settings_are_config_errors(image, message):
 
 
 def test_an_unknown_rule_lists_the_known_ones():
-    with pytest.raises(ConfigError, match=r"sampling is 'random'; expected one of \['spread', 'stride'\]"):
+    with pytest.raises(
+        ConfigError, match=r"sampling is 'random'; expected one of \['spread', 'stride', 'seconds', 'duration'\]"
+    ):
         SmartResizeProcessor(sampling="random")

@@ -7,7 +7,7 @@ Reference: the tower of transformers `Kimi_K25VisionModel` at t = 1, which compu
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,6 +32,12 @@ from vitgraph.preprocess.processor import NavitProcessor, Processor
 EPS = 1e-5
 THETA = 10000.0
 CHANNELS = 3
+POSITION_BUFFERS = (
+    BufferSpec("position_ids", "int32", "patch", (2,)),
+    BufferSpec("interp_indices", "int32", "patch", (16,)),
+    BufferSpec("interp_weights", "float32", "patch", (16,)),
+)
+"""The same for every frame of one size."""
 
 
 @dataclass(frozen=True)
@@ -74,21 +80,7 @@ class KimiVLTower(Tower):
         super().__init__()
         dim, heads = config.hidden_size, config.num_attention_heads
         self.config = config
-        self.spec = TowerSpec(
-            family="kimi_vl",
-            modalities=("image",),
-            patch_width=CHANNELS * config.patch_size**2,
-            merge=config.merge,
-            temporal_patch=1,
-            width=config.text_width,
-            buffers=(
-                BufferSpec("position_ids", "int32", "patch", (2,)),
-                BufferSpec("interp_indices", "int32", "patch", (16,)),
-                BufferSpec("interp_weights", "float32", "patch", (16,)),
-                BufferSpec("merge_index", "int32", "patch", pad="identity_tail", offset="patch"),
-                cu_seqlens_buffer(),
-            ),
-        )
+        self.spec = self._declare(config)
         self.patch_embed = PatchEmbed(self.spec.patch_width, dim)
         self.pos_emb = nn.Embedding(config.init_pos_emb_height * config.init_pos_emb_width, dim)
         norm = partial(nn.LayerNorm, dim, eps=EPS)
@@ -99,6 +91,21 @@ class KimiVLTower(Tower):
         self.final_layernorm = norm()
         self.projector = PatchMerger(dim, config.merge, config.text_width, EPS)
         self.register_buffer("frequencies", axis_frequencies(dim // heads, THETA), persistent=False)
+
+    def _declare(self, config: KimiVLConfig) -> TowerSpec:
+        return TowerSpec(
+            family="kimi_vl",
+            modalities=("image",),
+            patch_width=CHANNELS * config.patch_size**2,
+            merge=config.merge,
+            temporal_patch=1,
+            width=config.text_width,
+            buffers=(
+                *POSITION_BUFFERS,
+                BufferSpec("merge_index", "int32", "patch", pad="identity_tail", offset="patch"),
+                cu_seqlens_buffer(),
+            ),
+        )
 
     def metadata(self, grid: Grid) -> dict[str, np.ndarray]:
         index, weight = table_taps(grid.h, grid.w, self.config.init_pos_emb_height, "bicubic", False)
@@ -111,15 +118,23 @@ class KimiVLTower(Tower):
         }
 
     def forward(self, buffers: TowerBuffers) -> Tensor:
+        x = self.encode(buffers)
+        return self.projector(x.index_select(0, buffers.metadata["merge_index"])).unsqueeze(0)
+
+    def encode(self, buffers: TowerBuffers) -> Tensor:
+        """Everything before the projector: `[P, D]`."""
         meta, segments = buffers.metadata, buffers.segments["cu_seqlens"]
         x = self.patch_embed(buffers.pixel_values)
-        x = x + gather_table(self.pos_emb.weight, meta["interp_indices"], meta["interp_weights"]).to(x.dtype)
+        x = x + self.positions(meta).to(x.dtype)
         angles = alternating_angles(meta["position_ids"].flip(1), self.frequencies)
         rotary = angles.cos(), angles.sin()
         for block in self.blocks:
             x = block(x, rotary, segments)
-        x = self.final_layernorm(x)
-        return self.projector(x.index_select(0, meta["merge_index"])).unsqueeze(0)
+        return self.final_layernorm(x)
+
+    def positions(self, meta: Mapping[str, Tensor]) -> Tensor:
+        """What is added to the embedded patches: `[P, D]` fp32."""
+        return gather_table(self.pos_emb.weight, meta["interp_indices"], meta["interp_weights"])
 
     def compile_regions(self) -> Iterable[nn.Module]:
         return self.blocks
@@ -127,33 +142,36 @@ class KimiVLTower(Tower):
 
 def layouts(config: KimiVLConfig) -> tuple[Layout, ...]:
     """The published layout."""
-    dim, patch = config.hidden_size, config.patch_size
-    kernel = Flatten((dim, CHANNELS, patch, patch))
-    table = Flatten((config.init_pos_emb_height, config.init_pos_emb_width, dim), keep_last=True)
-    block = r"vision_tower.encoder.blocks.\1."
     return (
         Layout(
             name="vision_tower.* + multi_modal_projector.*",
             prefixes=("vision_tower.", "multi_modal_projector."),
             rules=(
-                Rule(r"patch_embed\.proj\.weight", ("vision_tower.patch_embed.proj.weight",), kernel),
-                Rule(r"patch_embed\.proj\.bias", ("vision_tower.patch_embed.proj.bias",)),
-                Rule(r"pos_emb\.weight", ("vision_tower.patch_embed.pos_emb.weight",), table),
-                Rule(r"blocks\.(\d+)\.norm1\.(.*)", (block + r"norm0.\2",)),
-                Rule(r"blocks\.(\d+)\.norm2\.(.*)", (block + r"norm1.\2",)),
-                Rule(
-                    r"blocks\.(\d+)\.attn\.qkv\.(.*)",
-                    (block + r"wqkv.\2",),
-                    HalfSplitQkv(config.num_attention_heads),
-                ),
-                Rule(r"blocks\.(\d+)\.attn\.proj\.(.*)", (block + r"wo.\2",)),
-                Rule(r"blocks\.(\d+)\.mlp\.fc1\.(.*)", (block + r"mlp.fc0.\2",)),
-                Rule(r"blocks\.(\d+)\.mlp\.fc2\.(.*)", (block + r"mlp.fc1.\2",)),
-                Rule(r"final_layernorm\.(.*)", (r"vision_tower.encoder.final_layernorm.\1",)),
+                *published_rules(config),
                 Rule(r"projector\.norm\.(.*)", (r"multi_modal_projector.pre_norm.\1",)),
                 Rule(r"projector\.fc(\d)\.(.*)", (r"multi_modal_projector.linear_\1.\2",)),
             ),
         ),
+    )
+
+
+def published_rules(config: KimiVLConfig) -> tuple[Rule, ...]:
+    """MoonViT as Moonshot publishes it, without the projector."""
+    dim, patch = config.hidden_size, config.patch_size
+    kernel = Flatten((dim, CHANNELS, patch, patch))
+    table = Flatten((config.init_pos_emb_height, config.init_pos_emb_width, dim), keep_last=True)
+    block = r"vision_tower.encoder.blocks.\1."
+    return (
+        Rule(r"patch_embed\.proj\.weight", ("vision_tower.patch_embed.proj.weight",), kernel),
+        Rule(r"patch_embed\.proj\.bias", ("vision_tower.patch_embed.proj.bias",)),
+        Rule(r"pos_emb\.weight", ("vision_tower.patch_embed.pos_emb.weight",), table),
+        Rule(r"blocks\.(\d+)\.norm1\.(.*)", (block + r"norm0.\2",)),
+        Rule(r"blocks\.(\d+)\.norm2\.(.*)", (block + r"norm1.\2",)),
+        Rule(r"blocks\.(\d+)\.attn\.qkv\.(.*)", (block + r"wqkv.\2",), HalfSplitQkv(config.num_attention_heads)),
+        Rule(r"blocks\.(\d+)\.attn\.proj\.(.*)", (block + r"wo.\2",)),
+        Rule(r"blocks\.(\d+)\.mlp\.fc1\.(.*)", (block + r"mlp.fc0.\2",)),
+        Rule(r"blocks\.(\d+)\.mlp\.fc2\.(.*)", (block + r"mlp.fc1.\2",)),
+        Rule(r"final_layernorm\.(.*)", (r"vision_tower.encoder.final_layernorm.\1",)),
     )
 
 

@@ -22,6 +22,7 @@ from vitgraph.layers.block import Attention, Block
 from vitgraph.layers.merger import PatchMerger
 from vitgraph.layers.mlp import Mlp
 from vitgraph.layers.order import frame_coordinates, repeat_frames, segment_ends
+from vitgraph.layers.overlap import SideBranches
 from vitgraph.layers.patch_embed import PatchEmbed
 from vitgraph.layers.pos_embed import gather_table, table_taps
 from vitgraph.layers.rotary import axial_angles, axis_frequencies
@@ -136,12 +137,15 @@ class Qwen3VLTower(Tower):
         x = x + table.to(x.dtype)
         angles = axial_angles(meta["position_ids"], self.frequencies)
         rotary = angles.cos(), angles.sin()
+        branches = SideBranches(x.device, x.shape[0])
         deepstack: list[Tensor] = []
         for layer, block in enumerate(self.blocks):
             x = block(x, rotary, segments)
             if layer in self.config.deepstack_visual_indexes:
-                deepstack.append(self.deepstack_merger_list[len(deepstack)](x))
-        return torch.stack([self.merger(x), *deepstack])
+                deepstack.append(branches.run(self.deepstack_merger_list[len(deepstack)], x))
+        tokens = self.merger(x)
+        branches.join()
+        return torch.stack([tokens, *deepstack])
 
     def compile_regions(self) -> Iterable[nn.Module]:
         return self.blocks

@@ -14,7 +14,18 @@ from vitgraph.models.contract import Tower
 from vitgraph.models.layout import Layout
 from vitgraph.preprocess.processor import Processor
 
-MODULES = ("qwen3_vl", "kimi_vl", "qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_omni")
+MODULES = (
+    "qwen3_vl",
+    "kimi_vl",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_5",
+    "qwen3_omni",
+    "kimi_k25",
+    "glm4v",
+    "glm_ocr",
+    "internvl",
+)
 """Modules of vitgraph.models, one family each; every module defines `FAMILY`."""
 
 Json = Mapping[str, Any]

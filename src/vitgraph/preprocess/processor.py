@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import PIL.Image
@@ -44,7 +44,7 @@ Scope = Literal["frame", "clip"]
 
 @dataclass(frozen=True)
 class SmartResizeProcessor(Processor):
-    """Qwen2-VL, Qwen2.5-VL and Qwen3-VL (GLM-4V's images too): smart resize, rows in block order.
+    """Qwen2-VL, Qwen2.5-VL, Qwen3-VL, GLM-4V and GLM-OCR: smart resize, rows in block order.
 
     Images equal Transformers' PIL backend (`Qwen2VLImageProcessorPil`), clips its video processors on the CPU, which
     resize through torchvision. Defaults are Qwen2-VL's class defaults.
@@ -60,10 +60,10 @@ class SmartResizeProcessor(Processor):
         do_rescale, rescale_factor, do_normalize: as in Transformers.
         resample: Pillow's number of the filter; 3 is bicubic.
         video_min_pixels, video_max_pixels: bounds of a resized frame's or clip's pixels, by `video_scope`.
-        video_scope: "frame" for Qwen2-VL and Qwen2.5-VL, "clip" for Qwen3-VL.
+        video_scope: "frame" for Qwen2-VL and Qwen2.5-VL, "clip" for Qwen3-VL and GLM-4V.
         video_mean, video_std: for clips; None takes the images'.
-        sampling: rule by which frames are taken: "stride" for Qwen2-VL, "spread" for Qwen3-VL.
-        fps, min_frames, max_frames: see `Sampling`.
+        sampling: rule by which frames are taken, see `Sampling`.
+        fps, min_frames, max_frames, max_duration: see `Sampling`.
         cap_pixels_per_frame, max_video_tokens: Transformers' optional cap, which is off by default there and here.
     """
 
@@ -89,13 +89,14 @@ class SmartResizeProcessor(Processor):
     fps: float = 2.0
     min_frames: int = 4
     max_frames: int = 768
+    max_duration: float = 300.0
     cap_pixels_per_frame: bool = False
     max_video_tokens: int = 128_000
 
     def __post_init__(self) -> None:
         check_positive(self, ("patch_size", "temporal_patch_size", "merge_size", "rescale_factor"))
         check_positive(self, ("min_pixels", "max_pixels", "video_min_pixels", "video_max_pixels"))
-        check_positive(self, ("fps", "min_frames", "max_frames", "max_video_tokens"))
+        check_positive(self, ("fps", "min_frames", "max_frames", "max_duration", "max_video_tokens"))
         check_order(self, "min_pixels", "max_pixels")
         check_order(self, "video_min_pixels", "video_max_pixels")
         check_order(self, "min_frames", "max_frames")
@@ -103,7 +104,7 @@ class SmartResizeProcessor(Processor):
         check_triples(self, "image_std", "video_std", positive=True)
         check_choice(self, "image_scope", ("frame", "clip"))
         check_choice(self, "video_scope", ("frame", "clip"))
-        check_choice(self, "sampling", ("spread", "stride"))
+        check_choice(self, "sampling", get_args(Rule))
         check_choice(self, "resample", tuple(int(filter) for filter in PIL.Image.Resampling))
 
     @classmethod
@@ -131,7 +132,7 @@ class SmartResizeProcessor(Processor):
         values |= triples(video, image_mean="video_mean", image_std="video_std")
         values |= dict(zip(("min_pixels", "max_pixels"), pixel_bounds(image), strict=True))
         values |= dict(zip(("video_min_pixels", "video_max_pixels"), pixel_bounds(video), strict=True))
-        own = ("fps", "min_frames", "max_frames", "cap_pixels_per_frame", "max_video_tokens")
+        own = ("fps", "min_frames", "max_frames", "max_duration", "cap_pixels_per_frame", "max_video_tokens")
         values |= {name: video[name] for name in own if video.get(name) is not None}
         defaults = {**{field.name: field.default for field in fields(cls)}, **family_defaults}
         return cls(**{name: defaults[name] if value is None else value for name, value in values.items()})
@@ -160,7 +161,8 @@ class SmartResizeProcessor(Processor):
 
     def video(self, video: Video) -> Patches:
         """Patch rows of a clip: float32 `[P, 3 * T * p * p]` and Grid(ceil(sampled frames / T), h, w)."""
-        sampling = Sampling(self.sampling, self.fps, self.min_frames, self.max_frames, self.temporal_patch_size)
+        limits = self.fps, self.min_frames, self.max_frames, self.temporal_patch_size, self.max_duration
+        sampling = Sampling(self.sampling, *limits)
         clip = load_frames(video, sampling, self._bounded(video).frame_size, self.resample)
         table = self._table("fused", self.video_mean or self.image_mean, self.video_std or self.image_std)
         frames = normalize(clip.frames, table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,9 +10,18 @@ import numpy as np
 
 from vitgraph.errors import VideoError
 
-Rule = Literal["spread", "stride"]
+Rule = Literal["spread", "stride", "seconds", "duration"]
 """`spread`: equally spaced from the first frame to the last (Qwen3-VL). `stride`: the starts of equal parts,
-their number a multiple of the temporal patch (Qwen2-VL, Qwen2.5-VL)."""
+their number a multiple of the temporal patch (Qwen2-VL, Qwen2.5-VL). `seconds`: the frame at or after each tick of
+the rate, and for a clip beyond `max_duration` the ticks of that long a clip, spread over it (GLM-4.1V). `duration`:
+as many frames as a rate gives that falls with the clip's duration (GLM-4.6V)."""
+
+TOKEN_RATES = ((30, 3.0), (300, 1.0), (math.inf, 0.5))
+"""Temporal patches per second of rule `duration`, for clips of up to so many seconds."""
+LONGEST = 2400
+"""Seconds after which rule `duration` asks for no more frames."""
+MOST_FRAMES = 640
+"""Most frames that rule `duration` asks for."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +30,11 @@ class Sampling:
 
     Attributes:
         rule: of which family.
-        fps: frames to take per second when the caller names neither a rate nor a number.
-        min_frames, max_frames: bounds of the number of frames that a rate gives.
+        fps: frames to take per second when the caller names neither a rate nor a number; rule `duration` has its own.
+        min_frames, max_frames: bounds of the number of frames that a rate gives, by `spread` and `stride`;
+            `max_frames` also of frames whose rate is unknown.
         temporal_patch_size: frames in a temporal patch.
+        max_duration: seconds of a clip beyond which rule `seconds` takes no more frames.
     """
 
     rule: Rule = "spread"
@@ -30,6 +42,7 @@ class Sampling:
     min_frames: int = 4
     max_frames: int = 768
     temporal_patch_size: int = 2
+    max_duration: float = 300.0
 
     def indices(
         self,
@@ -42,7 +55,8 @@ class Sampling:
     ) -> list[int]:
         """Indices of the frames to take, ascending; one may repeat.
 
-        The formulas are `sample_frames` of Transformers' Qwen2VLVideoProcessor and Qwen3VLVideoProcessor.
+        The formulas are `sample_frames` of Transformers' Qwen2VLVideoProcessor, Qwen3VLVideoProcessor,
+        Glm4vVideoProcessor and Glm46VVideoProcessor.
         Where it has no answer we choose one: frames of unknown rate are all taken, up to `max_frames`; a clip
             shorter than a
         temporal patch is taken whole; asking a rate of frames whose own rate is unknown is an error (Qwen3-VL
@@ -71,6 +85,8 @@ class Sampling:
             if total_num_frames <= limit:
                 return list(range(total_num_frames))
             return self._spread(total_num_frames, limit, rounded=False)
+        if self.rule in ("seconds", "duration"):
+            return self._ticks(total_num_frames, source_fps, fps, max_frames)
         rate = self.fps if fps is None else fps
         if self.rule == "stride":
             limit = limit // self.temporal_patch_size * self.temporal_patch_size
@@ -80,7 +96,7 @@ class Sampling:
         return self._spread(total_num_frames, int(count), rounded=False)
 
     def _spread(self, total: int, count: int, *, rounded: bool) -> list[int]:
-        if self.rule == "spread":
+        if self.rule != "stride":
             return np.linspace(0, total - 1, max(count, 1)).round().astype(int).tolist()
         if total <= self.temporal_patch_size:
             return list(range(total))
@@ -95,6 +111,50 @@ class Sampling:
 
         # rounding can add an element past the end of the clip
         return torch.arange(0, total, total / count).int()[:count].tolist()
+
+    def _ticks(self, total: int, source_fps: float, fps: float | None, max_frames: int | None) -> list[int]:
+        """The rules of GLM: distinct frames, the last one repeated up to a whole temporal patch."""
+        T = self.temporal_patch_size
+        if self.rule == "seconds":
+            found = self._at_seconds(total, source_fps, self.fps if fps is None else fps)
+        else:
+            found = self._by_duration(total, source_fps, fps)
+        found = list(dict.fromkeys(found))
+        found += found[-1:] * (-len(found) % T)
+        if max_frames is None or len(found) <= max_frames:
+            return found
+        return [found[i] for i in np.linspace(0, len(found) - 1, max_frames).round().astype(int)]
+
+    def _at_seconds(self, total: int, source_fps: float, fps: float) -> list[int]:
+        duration = total / source_fps
+        if duration <= self.max_duration:
+            count = max(math.floor(duration * fps), 1)
+            return [min(total - 1, math.ceil(i * source_fps / fps)) for i in range(count)]
+        count = max(int(self.max_duration * fps), 1)
+        if count >= total:
+            return list(range(total))
+        return [min(total - 1, math.ceil(second * source_fps)) for second in np.linspace(0, duration, count)]
+
+    def _by_duration(self, total: int, source_fps: float, fps: float | None) -> list[int]:
+        """A clip too short for one tick gives its first frame, where the reference gives none."""
+        duration = total / source_fps
+        if fps is None:
+            fps = self.temporal_patch_size * next(rate for seconds, rate in TOKEN_RATES if duration <= seconds)
+        count = max(min(int(min(duration, LONGEST) * fps), MOST_FRAMES), 1)
+        if total < count:
+            return np.linspace(0, total - 1, count, dtype=int).tolist()
+        found: list[int] = []
+        tick, step = 0.0, 1 / fps
+        for frame in range(total):
+            # the product with the rounded period, as the reference forms it
+            if frame * (1 / source_fps) >= tick:
+                found.append(frame)
+                tick += step
+                if tick >= int(duration):
+                    break
+        if len(found) < count:
+            return np.linspace(found[0], found[-1], count, dtype=int).tolist()
+        return found if len(found) == count else np.linspace(0, total - 1, count, dtype=int).tolist()
 
 
 def _check(
