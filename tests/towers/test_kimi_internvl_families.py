@@ -207,6 +207,7 @@ def test_transformers_leaves_out_its_defaults() -> None:
     "place, name, value",
     [
         ("top", "ps_version", "v1"),
+        ("top", "ps_version", None),
         ("top", "select_layer", -4),
         ("top", "vision_feature_layer", [-1, -2]),
         ("top", "vision_feature_select_strategy", "full"),

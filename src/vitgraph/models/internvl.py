@@ -33,7 +33,6 @@ from vitgraph.preprocess.tiles import TileProcessor
 CHANNELS = 3
 NORMS: Mapping[str, Callable[..., nn.Module]] = {"layer_norm": nn.LayerNorm, "rms_norm": RMSNorm}
 ONLY = {
-    "ps_version": "v2",
     "select_layer": -1,
     "vision_feature_layer": -1,
     "vision_feature_select_strategy": "default",
@@ -132,10 +131,12 @@ def _check(parsed: InternVLConfig, config: Json) -> None:
         "force_image_size": (None, parsed.image_size),
         "norm_type": tuple(NORMS),
         **{name: (None, value) for name, value in ONLY.items()},
+        # The original class reads a missing value as "v1", whose token grid is transposed.
+        "ps_version": ("v2",) if parsed.original else (None, "v2"),
     }
     for name, values in allowed.items():
         if config.get(name) not in values:
-            raise ConfigError(f"{name}={config[name]!r} in config.json is not supported; expected {values[-1]!r}.")
+            raise ConfigError(f"{name}={config.get(name)!r} in config.json is not supported; expected {values[-1]!r}.")
     block = parsed.patch_size * parsed.merge
     if parsed.image_size % block:
         raise ConfigError(f"image_size={parsed.image_size} in config.json is no multiple of {block} pixels.")
