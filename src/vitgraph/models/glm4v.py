@@ -26,6 +26,7 @@ from vitgraph.layers.patch_embed import PatchEmbed
 from vitgraph.layers.pos_embed import gather_table, table_taps
 from vitgraph.layers.rotary import axial_angles, axis_frequencies
 from vitgraph.models.contract import BufferSpec, Tower, TowerBuffers, TowerSpec, cu_seqlens_buffer
+from vitgraph.models.fields import read_fields
 from vitgraph.models.layout import Flatten, Layout, Rule, Transform
 from vitgraph.models.registry import Family, Json
 from vitgraph.preprocess.processor import Processor, SmartResizeProcessor
@@ -62,22 +63,8 @@ class Glm4vConfig:
     def from_hf(cls, config: Json) -> Glm4vConfig:
         """From a config.json."""
         vision = config["vision_config"]
-        return cls(
-            depth=vision["depth"],
-            hidden_size=vision["hidden_size"],
-            intermediate_size=vision["intermediate_size"],
-            num_heads=vision["num_heads"],
-            out_hidden_size=vision["out_hidden_size"],
-            image_size=vision.get("image_size", 336),
-            patch_size=vision.get("patch_size", 14),
-            spatial_merge_size=vision.get("spatial_merge_size", 2),
-            temporal_patch_size=vision.get("temporal_patch_size", 2),
-            in_channels=vision.get("in_channels", 3),
-            attention_bias=vision.get("attention_bias", cls.attention_bias),
-            rms_norm_eps=vision.get("rms_norm_eps", 1e-5),
-            rope_theta=(vision.get("rope_parameters") or {}).get("rope_theta", THETA),
-            model_type=config["model_type"],
-        )
+        theta = (vision.get("rope_parameters") or {}).get("rope_theta", THETA)
+        return read_fields(cls, vision, rope_theta=theta, model_type=config["model_type"])
 
     @property
     def table_side(self) -> int:

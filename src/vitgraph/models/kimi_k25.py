@@ -21,10 +21,10 @@ from vitgraph.errors import PatchError
 from vitgraph.layers.order import merge_gather, repeat_frames, segment_ends
 from vitgraph.layers.pos_embed import gather_table
 from vitgraph.models.contract import BufferSpec, TowerBuffers, TowerSpec, cu_seqlens_buffer
+from vitgraph.models.fields import read_fields
 from vitgraph.models.kimi_vl import CHANNELS, POSITION_BUFFERS, THETA, KimiVLConfig, KimiVLTower, published_rules
 from vitgraph.models.layout import Flatten, Fuse, Layout, Rule
 from vitgraph.models.registry import Family, Json
-from vitgraph.preprocess.hf import first
 from vitgraph.preprocess.kimi import KimiChunkProcessor
 from vitgraph.preprocess.processor import Processor
 
@@ -39,24 +39,11 @@ class KimiK25Config(KimiVLConfig):
     def from_hf(cls, config: Json) -> KimiK25Config:
         """From a config.json, with the published names or those of Transformers."""
         vision = config["vision_config"]
-        width = first(config.get("text_config") or {}, "hidden_size")
-
-        def number(default: int, *names: str) -> int:
-            value = first(vision, *names)
-            return default if value is None else value
-
-        return cls(
-            num_hidden_layers=number(27, "vt_num_hidden_layers", "num_hidden_layers"),
-            hidden_size=number(1152, "vt_hidden_size", "hidden_size"),
-            intermediate_size=number(4304, "vt_intermediate_size", "intermediate_size"),
-            num_attention_heads=number(16, "vt_num_attention_heads", "num_attention_heads"),
-            init_pos_emb_height=number(64, "init_pos_emb_height", "pos_emb_height"),
-            init_pos_emb_width=number(64, "init_pos_emb_width", "pos_emb_width"),
-            init_pos_emb_time=number(4, "init_pos_emb_time", "pos_emb_time"),
-            text_width=number(7168, "text_hidden_size") if width is None else width,
-            patch_size=number(14, "patch_size"),
-            merge=vision.get("merge_kernel_size", (2, 2))[0],
-        )
+        published = {key.removeprefix("vt_"): value for key, value in vision.items() if key.startswith("vt_")}
+        native = {f"init_{key}": value for key, value in vision.items() if key.startswith("pos_emb_")}
+        width = (config.get("text_config") or {}).get("hidden_size") or vision.get("text_hidden_size", 7168)
+        merge = vision.get("merge_kernel_size", (2, 2))[0]
+        return read_fields(cls, {**native, **vision, **published}, text_width=width, merge=merge)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from vitgraph.layers.patch_embed import PatchEmbed
 from vitgraph.layers.pos_embed import gather_table, table_taps
 from vitgraph.layers.rotary import alternating_angles, axis_frequencies
 from vitgraph.models.contract import BufferSpec, Tower, TowerBuffers, TowerSpec, cu_seqlens_buffer
+from vitgraph.models.fields import read_fields
 from vitgraph.models.layout import Flatten, HalfSplitQkv, Layout, Rule
 from vitgraph.models.registry import Family, Json
 from vitgraph.preprocess.processor import NavitProcessor, Processor
@@ -44,13 +45,13 @@ POSITION_BUFFERS = (
 class KimiVLConfig:
     """Numbers of the tower, under the names of config.json's `vision_config`; `text_width` is the output's."""
 
-    num_hidden_layers: int
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    init_pos_emb_height: int
-    init_pos_emb_width: int
     text_width: int
+    num_hidden_layers: int = 27
+    hidden_size: int = 1152
+    intermediate_size: int = 4304
+    num_attention_heads: int = 16
+    init_pos_emb_height: int = 64
+    init_pos_emb_width: int = 64
     patch_size: int = 14
     merge: int = 2
 
@@ -58,17 +59,8 @@ class KimiVLConfig:
     def from_hf(cls, config: Json) -> KimiVLConfig:
         """From a config.json."""
         vision = config["vision_config"]
-        return cls(
-            num_hidden_layers=vision.get("num_hidden_layers", 27),
-            hidden_size=vision.get("hidden_size", 1152),
-            intermediate_size=vision.get("intermediate_size", 4304),
-            num_attention_heads=vision.get("num_attention_heads", 16),
-            init_pos_emb_height=vision.get("init_pos_emb_height", 64),
-            init_pos_emb_width=vision.get("init_pos_emb_width", 64),
-            text_width=config["text_config"]["hidden_size"],
-            patch_size=vision.get("patch_size", 14),
-            merge=vision.get("merge_kernel_size", (2, 2))[0],
-        )
+        width, merge = config["text_config"]["hidden_size"], vision.get("merge_kernel_size", (2, 2))[0]
+        return read_fields(cls, vision, text_width=width, merge=merge)
 
 
 class KimiVLTower(Tower):

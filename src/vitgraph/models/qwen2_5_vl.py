@@ -26,6 +26,7 @@ from vitgraph.layers.order import frame_coordinates, repeat_frames, segment_ends
 from vitgraph.layers.patch_embed import PatchEmbed
 from vitgraph.layers.rotary import axial_angles, axis_frequencies
 from vitgraph.models.contract import BufferSpec, SegmentSpec, Tower, TowerBuffers, TowerSpec, cu_seqlens_buffer
+from vitgraph.models.fields import read_fields
 from vitgraph.models.layout import Flatten, Fuse, Layout, Rule
 from vitgraph.models.qwen2_vl import vision_rules
 from vitgraph.models.registry import Family, Json
@@ -39,12 +40,12 @@ THETA = 10000.0
 class Qwen25VLConfig:
     """Numbers of the tower, under the names of config.json's `vision_config`. `window_size` is in pixels."""
 
-    depth: int
     hidden_size: int
-    intermediate_size: int
-    num_heads: int
     out_hidden_size: int
-    fullatt_block_indexes: tuple[int, ...]
+    depth: int = 32
+    intermediate_size: int = 3420
+    num_heads: int = 16
+    fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)
     window_size: int = 112
     patch_size: int = 14
     spatial_merge_size: int = 2
@@ -55,19 +56,7 @@ class Qwen25VLConfig:
     def from_hf(cls, config: Json) -> Qwen25VLConfig:
         """From a config.json; that of Qwen2.5-Omni keeps the vision side under `thinker_config`."""
         vision = config.get("thinker_config", config)["vision_config"]
-        return cls(
-            depth=vision.get("depth", 32),
-            hidden_size=vision["hidden_size"],
-            intermediate_size=vision.get("intermediate_size", 3420),
-            num_heads=vision.get("num_heads", 16),
-            out_hidden_size=vision["out_hidden_size"],
-            fullatt_block_indexes=tuple(vision.get("fullatt_block_indexes", (7, 15, 23, 31))),
-            window_size=vision.get("window_size", 112),
-            patch_size=vision.get("patch_size", 14),
-            spatial_merge_size=vision.get("spatial_merge_size", 2),
-            temporal_patch_size=vision.get("temporal_patch_size", 2),
-            in_channels=vision.get("in_channels", 3),
-        )
+        return read_fields(cls, vision)
 
     @property
     def kernel(self) -> tuple[int, int, int, int]:

@@ -23,6 +23,7 @@ from vitgraph.layers.order import frame_coordinates, repeat_frames, segment_ends
 from vitgraph.layers.patch_embed import PatchEmbed
 from vitgraph.layers.rotary import axial_angles, axis_frequencies
 from vitgraph.models.contract import BufferSpec, Tower, TowerBuffers, TowerSpec, cu_seqlens_buffer
+from vitgraph.models.fields import read_fields
 from vitgraph.models.layout import Flatten, Layout, Rule
 from vitgraph.models.registry import Family, Json
 from vitgraph.preprocess.processor import Processor, SmartResizeProcessor
@@ -38,10 +39,10 @@ class Qwen2VLConfig:
     `embed_dim` is the tower's own width; `hidden_size` is the width of its output.
     """
 
-    depth: int
-    embed_dim: int
     hidden_size: int
-    num_heads: int
+    depth: int = 32
+    embed_dim: int = 1280
+    num_heads: int = 16
     mlp_ratio: float = 4
     patch_size: int = 14
     spatial_merge_size: int = 2
@@ -52,17 +53,7 @@ class Qwen2VLConfig:
     def from_hf(cls, config: Json) -> Qwen2VLConfig:
         """From a config.json."""
         vision = config["vision_config"]
-        return cls(
-            depth=vision.get("depth", 32),
-            embed_dim=vision.get("embed_dim", 1280),
-            hidden_size=vision["hidden_size"],
-            num_heads=vision.get("num_heads", 16),
-            mlp_ratio=vision.get("mlp_ratio", 4),
-            patch_size=vision.get("patch_size", 14),
-            spatial_merge_size=vision.get("spatial_merge_size", 2),
-            temporal_patch_size=vision.get("temporal_patch_size", 2),
-            in_channels=vision.get("in_channels", 3),
-        )
+        return read_fields(cls, vision)
 
     @property
     def kernel(self) -> tuple[int, int, int, int]:

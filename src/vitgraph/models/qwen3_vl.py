@@ -27,6 +27,7 @@ from vitgraph.layers.patch_embed import PatchEmbed
 from vitgraph.layers.pos_embed import gather_table, table_taps
 from vitgraph.layers.rotary import axial_angles, axis_frequencies
 from vitgraph.models.contract import BufferSpec, Tower, TowerBuffers, TowerSpec, cu_seqlens_buffer
+from vitgraph.models.fields import read_fields
 from vitgraph.models.layout import Flatten, Layout, Rule
 from vitgraph.models.registry import Family, Json
 from vitgraph.preprocess.processor import Processor, SmartResizeProcessor
@@ -45,7 +46,7 @@ class Qwen3VLConfig:
     num_heads: int
     out_hidden_size: int
     num_position_embeddings: int
-    deepstack_visual_indexes: tuple[int, ...]
+    deepstack_visual_indexes: tuple[int, ...] = (8, 16, 24)
     patch_size: int = 16
     spatial_merge_size: int = 2
     temporal_patch_size: int = 2
@@ -55,19 +56,7 @@ class Qwen3VLConfig:
     def from_hf(cls, config: Json) -> Qwen3VLConfig:
         """From a config.json."""
         vision = config["vision_config"]
-        return cls(
-            depth=vision["depth"],
-            hidden_size=vision["hidden_size"],
-            intermediate_size=vision["intermediate_size"],
-            num_heads=vision["num_heads"],
-            out_hidden_size=vision["out_hidden_size"],
-            num_position_embeddings=vision["num_position_embeddings"],
-            deepstack_visual_indexes=tuple(vision.get("deepstack_visual_indexes", (8, 16, 24))),
-            patch_size=vision.get("patch_size", 16),
-            spatial_merge_size=vision.get("spatial_merge_size", 2),
-            temporal_patch_size=vision.get("temporal_patch_size", 2),
-            in_channels=vision.get("in_channels", 3),
-        )
+        return read_fields(cls, vision)
 
     @property
     def table_side(self) -> int:
