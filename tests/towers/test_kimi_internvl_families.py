@@ -21,6 +21,7 @@ from vitgraph import EncoderConfig, VisionEncoder
 from vitgraph.attention.sdpa import SdpaAttention
 from vitgraph.core import Grid
 from vitgraph.errors import CheckpointError, ConfigError, PatchError, VideoError
+from vitgraph.models.checkpoint import INDEX
 from vitgraph.models.internvl import InternVLConfig, InternVLTower, layouts
 from vitgraph.models.registry import find_family, get_family
 from vitgraph.models.tiny import write_tiny_checkpoint
@@ -212,6 +213,8 @@ def test_transformers_leaves_out_its_defaults() -> None:
         ("top", "vision_feature_layer", [-1, -2]),
         ("top", "vision_feature_select_strategy", "full"),
         ("top", "force_image_size", 448),
+        ("top", "flash_mode", True),
+        ("top", "pad2square", True),
         ("vision_config", "hidden_act", "quick_gelu"),
         ("vision_config", "norm_type", "batch_norm"),
         ("vision_config", "use_mean_pooling", False),
@@ -455,3 +458,17 @@ def test_images_and_clips_go_through_the_encoder(tmp_path: Path) -> None:
     for frame, tokens in zip(frames, clip.tokens.split(4), strict=True):
         alone = encoder.encode([Video(frame[None])])[0].tokens
         assert relative_error(tokens, alone) < 1e-5
+
+
+@pytest.mark.parametrize("key", ["mlp2.0.weight", "gating.0.weight", "pooling_before_gating.query_token"])
+def test_weights_of_the_flash_models_are_refused_not_ignored(key: str, tmp_path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = write_tiny_checkpoint("internvl", tmp_path)
+    index = json.loads((folder / INDEX).read_text())
+    shard = next(iter(index["weight_map"].values()))
+    save_file({**load_file(folder / shard), key: torch.zeros(2)}, folder / shard)
+    index["weight_map"][key] = shard
+    (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=f"1 unexpected keys:\n  {key}"):
+        VisionEncoder.from_pretrained(folder, device="cpu")

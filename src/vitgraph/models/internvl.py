@@ -33,6 +33,8 @@ from vitgraph.preprocess.tiles import TileProcessor
 CHANNELS = 3
 NORMS: Mapping[str, Callable[..., nn.Module]] = {"layer_norm": nn.LayerNorm, "rms_norm": RMSNorm}
 ONLY = {
+    "pad2square": False,
+    "flash_mode": False,
     "select_layer": -1,
     "vision_feature_layer": -1,
     "vision_feature_select_strategy": "default",
@@ -253,7 +255,8 @@ def _original_layout(config: InternVLConfig) -> Layout:
     names = (embeddings + name for name in ("patch_embedding", "class_embedding", "position_embedding"))
     return Layout(
         name="vision_model.* + mlp1.*",
-        prefixes=("vision_model.", "mlp1."),
+        # The last three are the token compression of the Flash models, which this tower lacks: refused, not ignored.
+        prefixes=("vision_model.", "mlp1.", "mlp2.", "gating.", "pooling_before_gating."),
         rules=(
             *_embedding_rules(config, *names),
             Rule(r"blocks\.(\d+)\.scale(\d)", (layers + r"\1.ls\2",)),
