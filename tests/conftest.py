@@ -11,6 +11,9 @@ from hypothesis import settings
 # Slow machines are no failure; a clean check tries the same examples every time.
 settings.register_profile("default", deadline=None, derandomize=os.environ.get("CI") == "true")
 settings.load_profile("default")
+# Where no GPU compiles them, Triton's kernels run in its interpreter. Read when a kernel's module is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 # Tiny towers: threads cost more than they bring, above all on a shared machine.
 torch.set_num_threads(1)
 

@@ -91,7 +91,7 @@ def demonstrate(family: Family, out: Path, config: EncoderConfig, device: str | 
         packs = _describe(encoder, embeddings)
         packed, reference = flatten_embeddings(embeddings), flatten_embeddings(alone)
         _save(folder / "embeddings.safetensors", encoder, samples, embeddings)
-        title = f"{family.title}: {len(samples)} inputs in {len(packs)} packs"
+        title = f"{family.title}: {len(samples)} inputs in {len(packs)} pack{'s' * (len(packs) != 1)}"
         draw_packing(packs, [sample.exhibit for sample in samples], title, folder / "packing.png")
         return Demonstration(
             family=family.name,

@@ -11,7 +11,7 @@ import threading
 import pytest
 import torch
 
-from families import clip_grids, image_grids
+from families import clip_grids, image_grids, longest_clip
 from vitgraph import EncoderConfig, VisionEncoder
 from vitgraph.core import Grid
 from vitgraph.errors import FallbackError
@@ -23,9 +23,9 @@ FAMILIES = [family.name for family in families()]
 BUDGETS = (64, 160, 512)
 
 
-def make(family: str, **settings: object) -> VisionEncoder:
+def make(family: str, dtype: str = "bfloat16", **settings: object) -> VisionEncoder:
     settings = {"budgets": BUDGETS, **settings}
-    return VisionEncoder.from_config(family, device="cuda", dtype="bfloat16", config=EncoderConfig(**settings))
+    return VisionEncoder.from_config(family, device="cuda", dtype=dtype, config=EncoderConfig(**settings))
 
 
 def batches(encoder: VisionEncoder) -> list[list[Grid]]:
@@ -63,15 +63,16 @@ def test_graph_equals_eager_on_the_same_padded_buffers_bitwise(family: str, comp
         assert not used.fallbacks
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_graph_is_as_near_to_fp32_as_exact_size_eager(family: str) -> None:
+def test_graph_is_as_near_to_fp32_as_exact_size_eager(family: str, dtype: str) -> None:
     wide = VisionEncoder.from_config(family, device="cuda", dtype="float32", config=EncoderConfig(graph=False))
-    with make(family) as encoder:
+    with make(family, dtype) as encoder:
         for narrow, full in zip(encoder.tower.parameters(), wide.tower.parameters(), strict=True):
             narrow.copy_(full)
             full.copy_(narrow)
         for seed, grids in enumerate(batches(encoder)):
-            x = pixels(encoder, grids, seed)
+            x = pixels(encoder, grids, seed).to(encoder.dtype)
             want = torch.cat([t.flatten() for t in tensors(wide.encode_patches(x.float(), grids))])
             errors = {}
             for mode in ("auto", "eager"):
@@ -119,6 +120,23 @@ def test_replay_path_never_syncs_with_the_host(family: str) -> None:
                 encoder.encode_patches(x, grids)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("family", [f.name for f in families() if "video" in f.modalities])
+def test_a_clip_longer_than_the_captured_limits_is_replayed_in_pieces_or_eager(family: str) -> None:
+    unit = make(family, budgets=(1,)).spec.unit
+    with make(family, budgets=(max(unit, 2),), max_items=1, max_frames=1) as encoder:
+        encoder.capture(progress=False)
+        image = image_grids(encoder.spec)[0]
+        clip = longest_clip(encoder.spec)
+        for seed, grids in enumerate(([image], [clip], [image, clip], [image])):
+            x = pixels(encoder, grids, seed)
+            got = torch.cat([t.flatten() for t in tensors(encoder.encode_patches(x, grids))]).float()
+            want = torch.cat([t.flatten() for t in tensors(encoder.encode_patches(x, grids, mode="eager"))]).float()
+            assert ((got - want).norm() / want.norm()).item() < 0.03
+        stats = encoder.stats
+        assert (stats.split_items, stats.eager_packs) == ((2, 0) if encoder.spec.splits_by_frame else (0, 2))
+        assert stats.graph_replays > 0
 
 
 def test_results_do_not_alias_graph_memory() -> None:

@@ -1,0 +1,115 @@
+"""The Triton kernels on the CPU, through Triton's interpreter: the arithmetic and the masks, not the speed.
+
+The same cases run compiled in tests/gpu.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from attention_cases import CASES, check, make_qkv, make_segments
+from vitgraph.attention.sdpa import SdpaAttention
+from vitgraph.layers.norm import RMSNorm
+from vitgraph.layers.rotary import apply_rotary
+
+pytest.importorskip("triton")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled here"),
+    pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning", "ignore:invalid value:RuntimeWarning"),
+]
+
+SMALL_CASES = {
+    "one": (100, [100]),
+    "ragged": (256, [1, 64, 130, 2]),
+    "half empty": (128, [20, 12]),
+    "many": (144, [12] * 11),
+    "empty": (64, []),
+}
+
+
+@pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize("head_dim", [64, 72, 80, 88, 96, 112, 128])
+def test_attention_equals_fp32_for_every_head_dim(head_dim: int, tma: bool) -> None:
+    run_attention("ragged", head_dim, tma, block=64)
+
+
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("case", SMALL_CASES)
+def test_attention_equals_fp32_for_every_packing(case: str, block: int) -> None:
+    for tma in (False, True):
+        run_attention(case, 72, tma, block)
+
+
+def run_attention(case: str, head_dim: int, tma: bool, block: int) -> None:
+    from vitgraph.attention.triton_varlen import launch
+
+    rows, lengths = SMALL_CASES[case]
+    segments = make_segments(rows, lengths, block)
+    qkv = make_qkv(rows, sum(lengths), 2, head_dim, torch.float16)
+    out = launch(*qkv.unbind(1), segments.tiles, block, head_dim**-0.5, tma)
+    check(out, qkv, segments, sum(lengths), 5e-3)
+
+
+def test_attention_ignores_nan_in_the_next_segment() -> None:
+    from vitgraph.attention.triton_varlen import launch
+
+    rows, lengths = SMALL_CASES["ragged"]
+    segments = make_segments(rows, lengths, 64)
+    qkv = make_qkv(rows, sum(lengths), 2, 72, torch.float16)
+    want = launch(*qkv.unbind(1), segments.tiles, 64, 72**-0.5, True)
+    qkv[65:195] = float("nan")
+    for tma in (False, True):
+        got = launch(*qkv.unbind(1), segments.tiles, 64, 72**-0.5, tma)
+        assert got[65:195].isnan().all()
+        torch.testing.assert_close(got[:65], want[:65], rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(got[195:197], want[195:197], rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_masked_reference_equals_the_one_by_segments(case: str) -> None:
+    rows, lengths = CASES[case]
+    if rows > 1024:
+        rows, lengths = rows // 4, [n // 4 for n in lengths]
+    segments = make_segments(rows, lengths, 0)
+    qkv = make_qkv(rows, sum(lengths), 2, 24, torch.float32)
+    masked = SdpaAttention()(*qkv.unbind(1), segments, 24**-0.5)
+    start = 0
+    for length in lengths:
+        q, k, v = (x[start : start + length].transpose(0, 1) for x in qkv.unbind(1))
+        want = F.scaled_dot_product_attention(q, k, v).transpose(0, 1)
+        torch.testing.assert_close(masked[start : start + length], want, rtol=1e-4, atol=1e-5)
+        start += length
+    assert (masked[start:] == 0).all()
+
+
+@pytest.mark.parametrize("heads, head_dim", [(16, 72), (4, 16), (3, 128)])
+def test_rotary_equals_its_plain_form(heads: int, head_dim: int) -> None:
+    from vitgraph.layers.rotary_triton import rotate_in_place
+
+    qkv = torch.randn(7, 3, heads, head_dim)
+    angles = torch.randn(7, head_dim // 2)
+    want, values = apply_rotary(qkv[:, :2], angles.cos(), angles.sin()), qkv[:, 2].clone()
+    torch.testing.assert_close(rotate_in_place(qkv[:, :2], angles.cos(), angles.sin()), want)
+    assert torch.equal(qkv[:, 2], values)
+
+
+@pytest.mark.parametrize("dim", [64, 72, 1152, 3200])
+@pytest.mark.parametrize("rms", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_norm_equals_torch(dim: int, rms: bool, with_bias: bool) -> None:
+    from vitgraph.layers.norm_triton import add_norm, norm
+
+    x, delta = torch.randn(5, dim) * 3 + 1, torch.randn(5, dim)
+    weight, norm_bias = torch.randn(dim), None if rms else torch.randn(dim)
+    bias = torch.randn(dim) if with_bias else None
+    plain = RMSNorm(dim, 1e-6) if rms else torch.nn.LayerNorm(dim, eps=1e-6)
+    with torch.no_grad():
+        plain.weight.copy_(weight)
+        if norm_bias is not None:
+            plain.bias.copy_(norm_bias)
+        torch.testing.assert_close(norm(x, weight, norm_bias, 1e-6), plain(x), rtol=1e-4, atol=1e-4)
+        y, residual = add_norm(x, delta, weight, norm_bias, 1e-6, bias)
+        torch.testing.assert_close(y, plain(x + delta), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(residual, x + delta + (0 if bias is None else bias))
