@@ -228,7 +228,7 @@ class Engine:
             output = self._graphs[pack.budget].replay()
             self._stats.graph_replays += 1
         else:
-            output = self.tower(self._uncaptured_inputs(buffers.inputs, plans))
+            output = buffers.output.copy_(self.tower(self._uncaptured_inputs(buffers.inputs, plans)))
         # The next replay writes over this memory, so the caller gets a copy of the rows that are his.
         output = output[:, : pack.counts["token"]].clone()
         if stream is not None:
