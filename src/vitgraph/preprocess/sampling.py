@@ -58,8 +58,8 @@ class Sampling:
         The formulas are `sample_frames` of Transformers' Qwen2VLVideoProcessor, Qwen3VLVideoProcessor,
         Glm4vVideoProcessor and Glm46VVideoProcessor.
         Where it has no answer we choose one: frames of unknown rate are all taken, up to `max_frames`; a clip
-        shorter than a temporal patch is taken whole; asking a rate of frames whose own rate is unknown is an error (Qwen3-VL
-        there assumes 24 a second).
+        shorter than a temporal patch is taken whole; asking a rate of frames whose own rate is unknown is an error
+        (Qwen3-VL there assumes 24 a second).
 
         Args:
             total_num_frames: frames of the source.
