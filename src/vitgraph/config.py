@@ -50,7 +50,7 @@ class EncoderConfig:
     lazy: bool = _setting(False, "Capture each budget on its first use instead of all of them up front.")
     strict: bool = _setting(False, "Raise instead of running without a graph when a pack cannot use one.")
     memory_limit: int | None = _setting(
-        None, "Stop capturing further budgets once graphs hold this many bytes of device memory."
+        None, "Capture the smallest budgets first, and no more once graphs hold this many bytes of device memory."
     )
     metadata_cache: int = _setting(4096, "Grids whose metadata stays cached on the host.")
     preprocess_threads: int | None = _setting(

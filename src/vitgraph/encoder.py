@@ -260,8 +260,8 @@ class VisionEncoder:
     def _run(self, rows: list[Tensor], grids: list[Grid], mode: Mode) -> list[VisionEmbedding]:
         outputs = self.engine.run(rows, grids, mode) if grids else []
         return [
-            VisionEmbedding(output[0], output[1:] if self.spec.deepstack else None, grid)
-            for output, grid in zip(outputs, grids, strict=True)
+            VisionEmbedding(tokens[0], tokens[1:] if self.spec.deepstack else None, grid)
+            for (tokens, *_), grid in zip(outputs, grids, strict=True)
         ]
 
     def _grid(self, grid: Sequence[int]) -> Grid:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -145,19 +146,26 @@ def offset_kind(spec: TowerSpec, name: str) -> str:
     return buffer.offset
 
 
-@dataclass
 class StagingSlot:
-    """One host copy of the metadata block (also as numpy `bytes`) and of the pixel rows, and the event after its
-    last transfer."""
+    """One host copy of what travels to the device, pinned for CUDA, and the event after its last transfer.
 
-    block: Tensor
-    pixels: Tensor
-    event: torch.cuda.Event | None = None
-    bytes: np.ndarray = field(init=False)
-    _arrays: dict[MetadataLayout, dict[str, np.ndarray]] = field(default_factory=dict)
+    Args:
+        nbytes: of the metadata block.
+        pixel_shape, dtype: of the pixel rows.
+        pinned: whether a CUDA device reads it.
+    """
 
-    def __post_init__(self) -> None:
+    def __init__(self, nbytes: int, pixel_shape: tuple[int, int], dtype: torch.dtype, pinned: bool) -> None:
+        self.block = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=pinned)
         self.bytes = self.block.numpy()
+        self.event = torch.cuda.Event() if pinned else None
+        self._pixel_shape, self._dtype, self._pinned = pixel_shape, dtype, pinned
+        self._arrays: dict[MetadataLayout, dict[str, np.ndarray]] = {}
+
+    @cached_property
+    def pixels(self) -> Tensor:
+        """`[P, patch_width]`; made when the first pixels come from the host."""
+        return torch.empty(self._pixel_shape, dtype=self._dtype, pin_memory=self._pinned)
 
     def arrays(self, layout: MetadataLayout) -> dict[str, np.ndarray]:
         """The block as the buffers of one layout."""
@@ -190,18 +198,22 @@ class Arena:
         self._nbytes = max(nbytes, 1)
         self.block = torch.zeros(self._nbytes, dtype=torch.uint8, device=device)
         self.pixels = torch.zeros(self._shape, dtype=dtype, device=device)
-        self._output = torch.zeros(spec.levels * capacity["token"] * spec.width, dtype=dtype, device=device)
+        sizes = [out.levels * capacity[out.rows] * out.width for out in spec.outputs]
+        self._outputs = [torch.zeros(size, dtype=dtype, device=device) for size in sizes]
         self._slots: list[StagingSlot | None] = [None, None]
         self._next = 0
 
     @property
     def nbytes(self) -> int:
         """Device bytes held."""
-        return self.block.nbytes + self.pixels.nbytes + self._output.nbytes
+        return self.block.nbytes + self.pixels.nbytes + sum(output.nbytes for output in self._outputs)
 
-    def output(self, spec: TowerSpec, tokens: int) -> Tensor:
-        """Static output of a budget, `[levels, tokens, C]`."""
-        return self._output[: spec.levels * tokens * spec.width].view(spec.levels, tokens, spec.width)
+    def outputs(self, spec: TowerSpec, capacity: Counts) -> tuple[Tensor, ...]:
+        """Static outputs of a budget, each `[levels, rows, width]`."""
+        return tuple(
+            flat[: out.levels * capacity[out.rows] * out.width].view(out.levels, capacity[out.rows], out.width)
+            for flat, out in zip(self._outputs, spec.outputs, strict=True)
+        )
 
     def next_slot(self) -> StagingSlot:
         """The host copy whose turn it is, once the device is done with it."""
@@ -217,10 +229,7 @@ class Arena:
         self._slots = [slot or self._new_slot() for slot in self._slots]
 
     def _new_slot(self) -> StagingSlot:
-        pinned = self.device.type == "cuda"
-        block = torch.zeros(self._nbytes, dtype=torch.uint8, pin_memory=pinned)
-        pixels = torch.zeros(self._shape, dtype=self._dtype, pin_memory=pinned)
-        return StagingSlot(block, pixels, torch.cuda.Event() if pinned else None)
+        return StagingSlot(self._nbytes, self._shape, self._dtype, pinned=self.device.type == "cuda")
 
 
 @dataclass(frozen=True)
@@ -230,12 +239,12 @@ class StaticBuffers:
     Attributes:
         layout: of its metadata block.
         inputs: what the tower's forward reads; addresses never change.
-        output: `[levels, M, C]`, where a captured forward leaves its result.
+        outputs: each `[levels, rows, width]`, where a captured forward leaves its results.
     """
 
     layout: MetadataLayout
     inputs: TowerBuffers
-    output: Tensor
+    outputs: tuple[Tensor, ...]
     arena: Arena = field(repr=False)
 
     @classmethod
@@ -247,7 +256,7 @@ class StaticBuffers:
             plain = segments[schedule.segments]
             segments[schedule.segments] = replace(plain, tiles=metadata[schedule.name], block=schedule.block)
         inputs = TowerBuffers(arena.pixels[: capacity["patch"]], metadata, segments)
-        return cls(layout, inputs, arena.output(spec, capacity["token"]), arena)
+        return cls(layout, inputs, arena.outputs(spec, capacity), arena)
 
 
 def with_lengths(inputs: TowerBuffers, lengths: Mapping[str, tuple[int, ...]]) -> TowerBuffers:

@@ -18,7 +18,7 @@ from vitgraph.attention.base import VarlenAttention
 from vitgraph.config import EncoderConfig
 from vitgraph.core import Counts, Grid, Pack, Piece
 from vitgraph.engine.buffers import Arena, MetadataLayout, StaticBuffers, with_lengths
-from vitgraph.engine.graph import CapturedGraph, GraphPool
+from vitgraph.engine.graph import CapturedGraph, GraphPool, copy_outputs
 from vitgraph.engine.pixels import PieceRows, copy_rows
 from vitgraph.engine.stats import Stats
 from vitgraph.errors import EngineReleasedError, FallbackError, PatchError
@@ -35,8 +35,11 @@ graph; "eager" runs it on buffers of exactly the pack's size."""
 
 COMMON_SIDE = 32
 
-Part = tuple[int, Tensor]
-"""First frame of a piece within its item, and the piece's output."""
+Outputs = tuple[Tensor, ...]
+"""One `[levels, rows, width]` per entry of the spec's `outputs`: the tokens `[levels, M, C]` first."""
+
+Part = tuple[int, Outputs]
+"""First frame of a piece within its item, and the piece's outputs."""
 
 Progress = Callable[[int, int, str], None]
 """Called as `progress(done, total, text)` during capture."""
@@ -105,14 +108,22 @@ class Engine:
                 continue
             yield grid
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def capture(self, progress: Progress | None = None) -> None:
-        """Captures every budget, largest first, into one pool. Does nothing on the CPU or when already captured."""
+        """Captures every budget into one pool, largest first: the smaller ones then find memory to share.
+
+        Under a `memory_limit` the smallest come first, since they gain most from a graph. Does nothing on the CPU or
+        when already captured.
+        """
         with self._lock, self._guard():
             if self._captured:
                 return
             self.warm_metadata()
-            order = list(reversed(range(len(self.budgets))))
+            order = list(range(len(self.budgets)))
+            if self.config.memory_limit is None:
+                order.reverse()
+            if self._last_run is not None:
+                self._last_run.synchronize()
             # Zeros are valid metadata in every layout; what another budget left there need not be.
             arena = self._static(order[0]).arena
             arena.block.zero_()
@@ -127,8 +138,8 @@ class Engine:
                 progress(len(order), len(order), "done")
             self._captured = True
 
-    @torch.inference_mode()
-    def run(self, rows: Sequence[Tensor], grids: Sequence[Grid], mode: Mode = "auto") -> list[Tensor]:
+    @torch.no_grad()
+    def run(self, rows: Sequence[Tensor], grids: Sequence[Grid], mode: Mode = "auto") -> list[Outputs]:
         """Encodes items.
 
         Args:
@@ -137,7 +148,8 @@ class Engine:
             mode: see `Mode`.
 
         Returns:
-            Per item `[levels, M_i, C]` on the device, in memory of its own.
+            Per item its outputs on the device, in memory of their own: the tokens `[levels, M_i, C]`, then the extra
+            outputs that the tower declares.
 
         Raises:
             FallbackError: with `strict=True`, when a pack cannot use a budget.
@@ -173,7 +185,7 @@ class Engine:
         static buffers hold its metadata."""
         return self._graphs[budget]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def poison_padding(self) -> None:
         """Fills the static buffers' pixels with NaN, so that a test can show that stale rows reach no token."""
         with self._lock:
@@ -202,20 +214,23 @@ class Engine:
         if pack.budget is None or mode == "eager":
             if mode != "eager":
                 self._fall_back(pack)
-            output = self._run_exact(pack.counts, plans, pixels)
+            outputs = self._run_exact(pack.counts, plans, pixels)
         else:
             self._count_replay(pack)
-            output = self._run_padded(pack, plans, pixels, use_graph=mode == "auto")
+            outputs = self._run_padded(pack, plans, pixels, use_graph=mode == "auto")
         if len(plans) == 1:
-            parts[pack.pieces[0].item].append((pack.pieces[0].first_frame, output))
+            parts[pack.pieces[0].item].append((pack.pieces[0].first_frame, outputs))
             return
-        pieces = output.split([plan.counts["token"] for plan in plans], dim=1)
-        for piece, tokens in zip(pack.pieces, pieces, strict=True):
-            parts[piece.item].append((piece.first_frame, tokens))
+        split = [
+            output.split([plan.counts[spec.rows] for plan in plans], dim=1)
+            for output, spec in zip(outputs, self.spec.outputs, strict=True)
+        ]
+        for piece, *own in zip(pack.pieces, *split, strict=True):
+            parts[piece.item].append((piece.first_frame, tuple(own)))
 
     def _run_padded(
         self, pack: Pack, plans: Sequence[GridPlan], pixels: Sequence[PieceRows], use_graph: bool
-    ) -> Tensor:
+    ) -> Outputs:
         assert pack.budget is not None
         buffers = self._static(pack.budget)
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
@@ -225,23 +240,29 @@ class Engine:
         grids = tuple(piece.grid for piece in pack.pieces)
         self._fill(buffers, plans, pixels, stream, (pack.budget, grids))
         if use_graph and self.device.type == "cuda" and self._has_graph(pack.budget):
-            output = self._graphs[pack.budget].replay()
+            outputs = self._graphs[pack.budget].replay()
             self._stats.graph_replays += 1
         else:
-            output = buffers.output.copy_(self.tower(self._uncaptured_inputs(buffers.inputs, plans)))
+            inputs = self._uncaptured_inputs(buffers.inputs, plans)
+            outputs = copy_outputs(buffers.outputs, self._forward(inputs))
         # The next replay writes over this memory, so the caller gets a copy of the rows that are his.
-        output = output[:, : pack.counts["token"]].clone()
+        filled = zip(outputs, self.spec.outputs, strict=True)
+        outputs = tuple(output[:, : pack.counts[spec.rows]].clone() for output, spec in filled)
         if stream is not None:
             self._last_run, self._last_stream = self._last_run or torch.cuda.Event(), stream
             self._last_run.record(stream)
-        return output
+        return outputs
 
-    def _run_exact(self, total: Counts, plans: Sequence[GridPlan], pixels: Sequence[PieceRows]) -> Tensor:
+    def _forward(self, inputs: TowerBuffers) -> Outputs:
+        result = self.tower(inputs)
+        return result if isinstance(result, tuple) else (result,)
+
+    def _run_exact(self, total: Counts, plans: Sequence[GridPlan], pixels: Sequence[PieceRows]) -> Outputs:
         layout = MetadataLayout(self.spec, total, self._attention)
         arena = Arena(self.spec, total, layout.nbytes, self.device, self.dtype)
         buffers = StaticBuffers.create(self.spec, total, layout, arena)
         self._fill(buffers, plans, pixels)
-        return self.tower(self._uncaptured_inputs(buffers.inputs, plans))
+        return self._forward(self._uncaptured_inputs(buffers.inputs, plans))
 
     def _fill(
         self,
@@ -265,7 +286,7 @@ class Engine:
             layout.write(slot.arrays(layout), plans)
             self._blocks.keep(key, slot.bytes[: layout.nbytes], len(plans))
         arena.block[: layout.nbytes].copy_(slot.block[: layout.nbytes], non_blocking=True)
-        copy_rows(buffers.inputs.pixel_values, pixels, slot.pixels)
+        copy_rows(buffers.inputs.pixel_values, pixels, slot)
         if slot.event is not None:
             slot.event.record(stream)
 
@@ -306,18 +327,18 @@ class Engine:
 
         A warm-up compiles kernels and makes workspaces; the other budgets use the same ones.
         """
-        blocks = {tuple(s.block for s in self._layouts[index].schedules): index for index in reversed(order)}
+        blocks = {tuple(s.block for s in self._layouts[index].schedules): index for index in sorted(order)}
         return {order[0], order[-1], *blocks.values()}
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _capture_one(self, index: int, warm_up: bool = True) -> bool:
         """Captures one budget; False when the memory limit is reached."""
         limit = self.config.memory_limit
         self._pool = self._pool or GraphPool(self.device)
         if limit is not None and self._pool.nbytes >= limit:
             logger.warning(
-                "capture stopped at budget %d: graphs hold %.0f MB, memory_limit is %.0f MB; smaller budgets run "
-                "the same padded forward without a graph",
+                "capture stopped at budget %d: graphs hold %.0f MB, memory_limit is %.0f MB; budgets without a graph "
+                "run the same padded forward",
                 self.budgets[index].tokens,
                 self._pool.nbytes / 1e6,
                 limit / 1e6,
@@ -325,7 +346,7 @@ class Engine:
             return False
         start = time.perf_counter()
         buffers = self._static(index)
-        graph = self._pool.capture(self.tower, buffers.inputs, buffers.output, warm_up)
+        graph = self._pool.capture(self._forward, buffers.inputs, buffers.outputs, warm_up)
         self._graphs[index] = graph
         self._stats.capture_seconds += time.perf_counter() - start
         level = logging.INFO if self.config.verbose else logging.DEBUG
@@ -383,8 +404,9 @@ def piece_rows(rows: Tensor, piece: Piece) -> PieceRows:
     return rows[start : start + piece.grid.patches]
 
 
-def _join(parts: list[Part]) -> Tensor:
-    """Tokens of an item from its pieces, in frame order."""
+def _join(parts: list[Part]) -> Outputs:
+    """Outputs of an item from its pieces, in frame order."""
     if len(parts) == 1:
         return parts[0][1]
-    return torch.cat([tokens for _, tokens in sorted(parts, key=lambda part: part[0])], dim=1)
+    in_order = [outputs for _, outputs in sorted(parts, key=lambda part: part[0])]
+    return tuple(torch.cat(pieces, dim=1) for pieces in zip(*in_order, strict=True))

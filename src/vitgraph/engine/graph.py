@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vitgraph.models.contract import TowerBuffers
 
-Forward = Callable[[TowerBuffers], Tensor]
+Forward = Callable[[TowerBuffers], Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -21,19 +21,20 @@ class CapturedGraph:
 
     Attributes:
         graph: to replay.
-        output: `[levels, M, C]`, the static output; the next replay of any graph of the pool overwrites it.
+        outputs: each `[levels, rows, width]`, the static outputs; the next replay of any graph of the pool overwrites
+            them.
         seconds: wall time of warm-up and capture.
         nbytes: device memory that the capture added.
     """
 
     graph: torch.cuda.CUDAGraph
-    output: Tensor
+    outputs: tuple[Tensor, ...]
     seconds: float
     nbytes: int
 
-    def replay(self) -> Tensor:
+    def replay(self) -> tuple[Tensor, ...]:
         self.graph.replay()
-        return self.output
+        return self.outputs
 
 
 @cache
@@ -55,15 +56,17 @@ class GraphPool:
         self._pool = torch.cuda.graph_pool_handle()
         self.nbytes = 0
 
-    def capture(self, forward: Forward, inputs: TowerBuffers, output: Tensor, warm_up: bool = True) -> CapturedGraph:
-        """Captures `output.copy_(forward(inputs))`. The buffers must hold a valid pack.
+    def capture(
+        self, forward: Forward, inputs: TowerBuffers, outputs: tuple[Tensor, ...], warm_up: bool = True
+    ) -> CapturedGraph:
+        """Captures a forward and the copy of its results into `outputs`. The buffers must hold a valid pack.
 
-        The forward's own result is dropped, so that the next capture can use its memory.
+        The forward's own results are dropped, so that the next capture can use their memory.
 
         Args:
             forward: host code that launches the same kernels at every call.
             inputs: static buffers.
-            output: `[levels, M, C]` static output.
+            outputs: static, each `[levels, rows, width]`.
             warm_up: run `forward` once before. Needed where kernels have yet to be compiled or chosen.
         """
         start = time.perf_counter()
@@ -77,10 +80,17 @@ class GraphPool:
             # torch.cuda.graph() would also collect garbage and empty the allocator's cache for every budget.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
-                output.copy_(forward(inputs))
+                copy_outputs(outputs, forward(inputs))
             finally:
                 graph.capture_end()
         nbytes = max(before - torch.cuda.mem_get_info(self._device)[0], 0)
         self.nbytes += nbytes
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
-        return CapturedGraph(graph, output, time.perf_counter() - start, nbytes)
+        return CapturedGraph(graph, outputs, time.perf_counter() - start, nbytes)
+
+
+def copy_outputs(static: tuple[Tensor, ...], results: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Copies a forward's results into the static outputs, and returns those."""
+    for target, result in zip(static, results, strict=True):
+        target.copy_(result)
+    return static

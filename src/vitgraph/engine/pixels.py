@@ -6,20 +6,22 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from vitgraph.engine.buffers import StagingSlot
+
 PieceRows = Tensor
 """`[P_i, patch_width]` rows of one piece, a view of the caller's memory."""
 
 
-def copy_rows(target: Tensor, pieces: Sequence[PieceRows], staging: Tensor) -> None:
+def copy_rows(target: Tensor, pieces: Sequence[PieceRows], slot: StagingSlot) -> None:
     """Copies pieces one after another into the first rows of `target`, casting to its dtype.
 
     Rows on the target's device are copied directly, adjacent pieces in one copy. Host rows are cast into the pinned
-    `staging` rows first and then sent in one asynchronous copy per run of host pieces.
+    slot's rows first and then sent in one asynchronous copy per run of host pieces.
 
     Args:
         target: `[P, patch_width]` on the device.
         pieces: in row order; together at most P rows.
-        staging: `[>= P, patch_width]` on the host, pinned for CUDA, in the target's dtype.
+        slot: has room for them on the host, in the target's dtype.
     """
     row = 0
     for run in _adjacent(pieces):
@@ -27,8 +29,9 @@ def copy_rows(target: Tensor, pieces: Sequence[PieceRows], staging: Tensor) -> N
         if run.device == target.device:
             target[row : row + rows].copy_(run, non_blocking=True)
         else:
-            staging[row : row + rows].copy_(run)
-            target[row : row + rows].copy_(staging[row : row + rows], non_blocking=True)
+            staged = slot.pixels[row : row + rows]
+            staged.copy_(run)
+            target[row : row + rows].copy_(staged, non_blocking=True)
         row += rows
 
 

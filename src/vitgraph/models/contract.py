@@ -62,6 +62,23 @@ class SegmentSpec:
 
 
 @dataclass(frozen=True)
+class OutputSpec:
+    """One output of a tower, `[levels, rows, width]`.
+
+    Attributes:
+        name: for messages.
+        rows: what its rows count: "token", "patch", ...
+        width: values in one row.
+        levels: maps of the same size, stacked.
+    """
+
+    name: str
+    rows: str
+    width: int
+    levels: int = 1
+
+
+@dataclass(frozen=True)
 class TowerSpec:
     """What the engine needs to know about a tower.
 
@@ -79,6 +96,7 @@ class TowerSpec:
         segments: attention segment sets, each named after a buffer.
         unit: budgets are multiples of this many tokens (256 for a tower of fixed tiles that yield 256 each).
         splits_by_frame: whether frames of a clip are independent, so that a long clip may run in pieces.
+        extra_outputs: what `Tower.forward` returns after the tokens; none for a plain encoder.
     """
 
     family: str
@@ -92,11 +110,17 @@ class TowerSpec:
     segments: tuple[SegmentSpec, ...] = (SegmentSpec(),)
     splits_by_frame: bool = False
     unit: int = 1
+    extra_outputs: tuple[OutputSpec, ...] = ()
 
     @property
     def levels(self) -> int:
-        """Output levels of `Tower.forward`: the tokens and every deepstack map."""
+        """Levels of the first output: the tokens and every deepstack map."""
         return 1 + self.deepstack
+
+    @property
+    def outputs(self) -> tuple[OutputSpec, ...]:
+        """Everything that `Tower.forward` returns, in order."""
+        return (OutputSpec("tokens", "token", self.width, self.levels), *self.extra_outputs)
 
     def counts(self, grid: Grid) -> Counts:
         """Rows of each kind that one item fills. Here: one segment per temporal patch."""
@@ -147,8 +171,11 @@ class Tower(nn.Module, ABC):
         """
 
     @abstractmethod
-    def forward(self, buffers: TowerBuffers) -> Tensor:
-        """Static shapes in, `[levels, M, C]` out: tokens first, then the deepstack maps. Never syncs with the host."""
+    def forward(self, buffers: TowerBuffers) -> Tensor | tuple[Tensor, ...]:
+        """Static shapes in, `[levels, M, C]` out: tokens first, then the deepstack maps. Never syncs with the host.
+
+        A tower that declares extra outputs returns a tuple, one `[levels, rows, width]` per entry of `spec.outputs`.
+        """
 
     def compile_regions(self) -> Iterable[nn.Module]:
         """Repeated modules that `compile=True` compiles, one compiled code for all of them."""
