@@ -47,7 +47,8 @@ class EncoderConfig:
         None, "Most temporal patches in one pack, over all its items. Default: as max_items, at least 8."
     )
     attention: str = _setting("auto", f"Attention backend: one of {', '.join(ATTENTION_NAMES)}.")
-    lazy: bool = _setting(False, "Capture each budget on its first use instead of all of them up front.")
+    lazy: bool = _setting(False, "Capture each budget when it is used instead of all of them up front.")
+    lazy_after: int = _setting(1, "With lazy: the use of a budget that captures it; earlier ones run without a graph.")
     strict: bool = _setting(False, "Raise instead of running without a graph when a pack cannot use one.")
     memory_limit: int | None = _setting(
         None, "Capture the smallest budgets first, and no more once graphs hold this many bytes of device memory."
@@ -61,7 +62,7 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         if self.budgets is not None:
             object.__setattr__(self, "budgets", _clean_budgets(self.budgets))
-        for name in ("min_tokens", "max_tokens", "metadata_cache"):
+        for name in ("min_tokens", "max_tokens", "metadata_cache", "lazy_after"):
             _require_positive(name, getattr(self, name))
         for name in ("max_items", "max_frames", "memory_limit", "preprocess_threads"):
             if getattr(self, name) is not None:

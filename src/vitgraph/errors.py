@@ -45,6 +45,10 @@ class MissingExtraError(VitgraphError, ImportError):
         super().__init__(f"{purpose} needs {package!r}. Install it with: pip install 'vitgraph[{extra}]'")
 
 
+class UnsupportedModuleError(VitgraphError, TypeError):
+    """A model's vision module cannot be accelerated; the message has the reason."""
+
+
 class FallbackError(VitgraphError, RuntimeError):
     """`strict=True` and a pack would have left the graph path; the message has the reason."""
 

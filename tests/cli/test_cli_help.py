@@ -24,6 +24,7 @@ ENGINE_FLAGS = {
     "--attention",
     "--lazy",
     "--no-lazy",
+    "--lazy-after",
     "--strict",
     "--no-strict",
     "--memory-limit",

@@ -254,3 +254,12 @@ def test_a_second_process_reuses_compiled_code_from_disk(tmp_path) -> None:
     assert first_misses > 0
     assert hits > 0
     assert misses == 0
+
+
+def test_lazy_after_captures_sizes_that_come_again() -> None:
+    with make("qwen3_vl", lazy=True, lazy_after=2) as encoder:
+        for graphs in (0, 1, 1):
+            encoder.encode_patches(pixels(encoder, [(1, 8, 8)], 0), [(1, 8, 8)])
+            assert encoder.stats.captured_graphs == graphs
+        assert encoder.stats.waiting == 1
+        assert not encoder.stats.fallbacks

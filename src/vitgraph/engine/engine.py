@@ -79,6 +79,7 @@ class Engine:
         self._last_run: torch.cuda.Event | None = None
         self._last_stream: torch.cuda.Stream | None = None
         self._logged: set[str] = set()
+        self._uses: dict[int, int] = {}
         self._released = False
         self._captured = not (config.graph and device.type == "cuda")
         if config.compile:
@@ -312,9 +313,16 @@ class Engine:
         return self._buffers[index]
 
     def _has_graph(self, index: int) -> bool:
-        """Whether the budget's graph can be replayed; with `lazy`, captures it on its first use."""
-        if index in self._graphs or (not self._captured and self._capture_one(index)):
+        """Whether the budget's graph can be replayed; with `lazy`, captures it on use number `lazy_after`."""
+        if index in self._graphs:
             return True
+        if not self._captured:
+            self._uses[index] = self._uses.get(index, 0) + 1
+            if self._uses[index] < self.config.lazy_after:
+                self._stats.waiting += 1
+                return False
+            if self._capture_one(index):
+                return True
         self._captured = True  # the memory limit is reached: no later budget can be captured either
         reason = "budget not captured: memory limit reached"
         if self.config.strict:

@@ -17,6 +17,7 @@ class Stats:
         graph_replays: replays of a captured CUDA graph (the CPU replays by calling forward).
         real_tokens: output tokens of items that were replayed.
         padded_tokens: tokens of the budgets that replayed them, real ones included.
+        waiting: replays without a graph because `lazy_after` was not yet reached.
         eager_packs: packs that ran outside every budget.
         fallbacks: eager packs by reason.
         split_items: clips cut between frames because no budget held them whole.
@@ -33,6 +34,7 @@ class Stats:
     graph_replays: int = 0
     real_tokens: int = 0
     padded_tokens: int = 0
+    waiting: int = 0
     eager_packs: int = 0
     fallbacks: dict[str, int] = field(default_factory=dict)
     split_items: int = 0
