@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from vitgraph.core import Grid, VisionEmbedding
     from vitgraph.encoder import VisionEncoder
     from vitgraph.errors import BatchError, VitgraphError
+    from vitgraph.integrations.transformers.install import accelerate, accelerated, acceleration, restore
     from vitgraph.preprocess import Patches, Video
 
 __version__ = "0.1.0"
@@ -26,6 +27,10 @@ _EXPORTS = {
     "Video": "vitgraph.preprocess",
     "BatchError": "vitgraph.errors",
     "VitgraphError": "vitgraph.errors",
+    "accelerate": "vitgraph.integrations.transformers.install",
+    "accelerated": "vitgraph.integrations.transformers.install",
+    "acceleration": "vitgraph.integrations.transformers.install",
+    "restore": "vitgraph.integrations.transformers.install",
 }
 
 __all__ = [
@@ -37,6 +42,10 @@ __all__ = [
     "VisionEmbedding",
     "VisionEncoder",
     "VitgraphError",
+    "accelerate",
+    "accelerated",
+    "acceleration",
+    "restore",
 ]
 
 
