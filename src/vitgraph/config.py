@@ -53,6 +53,7 @@ class EncoderConfig:
     memory_limit: int | None = _setting(
         None, "Capture the smallest budgets first, and no more once graphs hold this many bytes of device memory."
     )
+    measure: bool = _setting(True, "Time the budgets after capture, and plan packs by predicted time.")
     metadata_cache: int = _setting(4096, "Grids whose metadata stays cached on the host.")
     preprocess_threads: int | None = _setting(
         None, "Threads that decode and resize the inputs of one call. Default: one per core, at most 8."

@@ -28,6 +28,8 @@ ENGINE_FLAGS = {
     "--strict",
     "--no-strict",
     "--memory-limit",
+    "--measure",
+    "--no-measure",
     "--metadata-cache",
     "--preprocess-threads",
     "--verbose",
@@ -48,7 +50,7 @@ FLAGS = {
         "--video-min-pixels",
         "--video-max-pixels",
     },
-    "inspect": {"--dtype", "--json"},
+    "inspect": {"--dtype", "--time", "--json"},
     "bench": {
         "--geometry",
         "--workload",

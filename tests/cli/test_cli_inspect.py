@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import torch
+
 
 def test_json(run, tiny_qwen3):
     result = run("inspect", tiny_qwen3, "--json", "--budgets", "64,128", "--max-items", 4, "--dtype", "float32")
@@ -48,3 +50,13 @@ def test_flags_reach_the_engine(run, tiny_qwen3):
     result = run("inspect", tiny_qwen3, "--attention", "magic")
     assert result.exit_code == 2
     assert "unknown attention" in result.output
+
+
+def test_timing_needs_a_gpu(run, tiny_qwen3):
+    if torch.cuda.is_available():
+        facts = json.loads(run("inspect", tiny_qwen3, "--time", "--json", "--budgets", "64,128").output)
+        assert [b["tokens"] for b in facts["costs"]["budgets"]] == [64, 128]
+        return
+    result = run("inspect", tiny_qwen3, "--time")
+    assert result.exit_code == 2
+    assert "no CUDA device" in result.output

@@ -24,7 +24,7 @@ BUDGETS = (64, 160, 512)
 
 
 def make(family: str, dtype: str = "bfloat16", **settings: object) -> VisionEncoder:
-    settings = {"budgets": BUDGETS, **settings}
+    settings = {"budgets": BUDGETS, "measure": False, **settings}
     return VisionEncoder.from_config(family, device="cuda", dtype=dtype, config=EncoderConfig(**settings))
 
 

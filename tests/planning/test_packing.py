@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 from vitgraph.config import EncoderConfig
 from vitgraph.core import Grid, add_counts, fits
 from vitgraph.planning.budgets import make_budgets
-from vitgraph.planning.packing import plan_packs
+from vitgraph.planning.packing import Planner
 
 
 class Rule:
     """m = 2, one segment per frame."""
 
     unit = 1
+    load_sets = (("patch", "segment"),)
 
     def __init__(self, splits_by_frame: bool = True) -> None:
         self.splits_by_frame = splits_by_frame
@@ -38,7 +39,7 @@ def test_every_item_runs_once_within_every_limit(items, ladder, max_items, max_f
     rule = Rule(splits)
     config = EncoderConfig(budgets=tuple(ladder), max_items=max_items, max_frames=max_frames)
     budgets = make_budgets(rule, config)
-    packs = plan_packs(rule, budgets, items)
+    packs = Planner(rule, budgets).plan(items)
 
     frames = defaultdict(list)
     for pack in packs:
@@ -65,7 +66,7 @@ def test_items_that_fit_stay_whole_and_leave_the_graph_only_when_they_must(items
     rule = Rule()
     budgets = make_budgets(rule, EncoderConfig(budgets=tuple(ladder)))
     largest = budgets[-1].capacity
-    for pack in plan_packs(rule, budgets, items):
+    for pack in Planner(rule, budgets).plan(items):
         for piece in pack.pieces:
             whole = items[piece.item]
             if fits(rule.counts(whole), largest):
@@ -77,7 +78,7 @@ def test_items_that_fit_stay_whole_and_leave_the_graph_only_when_they_must(items
 def test_clips_whose_frames_depend_on_each_other_are_not_cut() -> None:
     rule = Rule(splits_by_frame=False)
     budgets = make_budgets(rule, EncoderConfig(budgets=(64,)))
-    (pack,) = plan_packs(rule, budgets, [Grid(9, 8, 8)])
+    (pack,) = Planner(rule, budgets).plan([Grid(9, 8, 8)])
     assert pack.budget is None
     assert "patch+token+segment" in pack.reason
 
@@ -86,11 +87,11 @@ def test_small_items_share_a_pack_and_keep_the_callers_order() -> None:
     rule = Rule()
     budgets = make_budgets(rule, EncoderConfig(budgets=(64, 256)))
     items = [Grid(1, 4, 4), Grid(1, 20, 20), Grid(1, 6, 4)]
-    (pack,) = plan_packs(rule, budgets, items)
+    (pack,) = Planner(rule, budgets).plan(items)
     assert [piece.item for piece in pack.pieces] == [0, 1, 2]
     assert budgets[pack.budget].tokens == 256
 
 
 def test_without_items_there_is_no_pack() -> None:
     rule = Rule()
-    assert plan_packs(rule, make_budgets(rule, EncoderConfig()), []) == []
+    assert Planner(rule, make_budgets(rule, EncoderConfig())).plan([]) == []

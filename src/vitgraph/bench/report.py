@@ -14,6 +14,7 @@ from rich.console import Group
 from rich.table import Table
 
 from vitgraph import __version__
+from vitgraph.bench.curve import crossover_text
 from vitgraph.bench.run import Result
 
 PACKAGES = ("torch", "triton", "transformers", "numpy")
@@ -61,6 +62,7 @@ def captures_text(results: Sequence[Result]) -> str:
     return "\n".join(
         f"{way}: {c['graphs']} graphs captured in {c['seconds']:.1f} s, pool {c['graph_bytes'] / 1e6:.0f} MB, "
         f"static buffers {c['static_bytes'] / 1e6:.0f} MB"
+        + (f"; timed in {c['measure_seconds']:.1f} s: {crossover_text(c['costs'])}" if c["costs"] else "")
         for way, c in captures_as_dicts(results).items()
     )
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from vitgraph.bench.curve import costs_as_dict
 from vitgraph.bench.reference import reference_forward, reference_model
 from vitgraph.bench.timing import Timing, time_call
 from vitgraph.bench.workloads import Workload, random_patches
@@ -68,12 +69,16 @@ class Capture:
         seconds: warm-up (and compilation) and capture of all of them.
         graph_bytes: device memory of the graphs' pool.
         static_bytes: device memory of the static buffers.
+        measure_seconds: timing of the captured budgets.
+        costs: what that gave; see `curve.costs_as_dict`.
     """
 
     graphs: int
     seconds: float
     graph_bytes: int
     static_bytes: int
+    measure_seconds: float
+    costs: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -242,7 +247,14 @@ def _capture_of(encoder: VisionEncoder) -> Capture | None:
     stats = encoder.stats
     if not stats.captured_graphs:
         return None
-    return Capture(stats.captured_graphs, stats.capture_seconds, stats.graph_bytes, stats.static_bytes)
+    return Capture(
+        stats.captured_graphs,
+        stats.capture_seconds,
+        stats.graph_bytes,
+        stats.static_bytes,
+        stats.measure_seconds,
+        costs_as_dict(encoder.engine.planner.cost, encoder.budgets),
+    )
 
 
 def _references(load: Loader, source: VisionEncoder, peer: nn.Module | None, bench: _Bench) -> list[Tensor]:

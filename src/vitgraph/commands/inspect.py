@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from vitgraph.encoder import VisionEncoder
     from vitgraph.models.contract import TowerSpec
     from vitgraph.planning.budgets import Budget
+    from vitgraph.planning.cost import CostModel
 
 
 @with_encoder_flags()
@@ -28,23 +30,42 @@ def inspect(
     dtype: Annotated[
         str | None, typer.Option(help="bfloat16, float16 or float32: what to run in. Default: bfloat16.")
     ] = None,
+    time_budgets: Annotated[
+        bool, typer.Option("--time", help="Also capture on CUDA, time the budgets and show what they cost.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Show a checkpoint's tower, its budgets, its static buffers and the memory they take.
 
-    Everything is computed on the CPU. Activations are a rough estimate of what the largest graph holds at its widest
-    point.
+    Everything but --time is computed on the CPU. Activations are a rough estimate of what the largest graph holds at
+    its widest point.
     """
+    from vitgraph.bench.curve import costs_as_dict, costs_table
     from vitgraph.encoder import VisionEncoder
 
     # Nothing runs, so a backend that needs a GPU is no reason to refuse.
-    config = replace(config, attention="auto")
+    chosen, config = config, replace(config, attention="auto")
     with VisionEncoder.from_pretrained(model, device="cpu", dtype=dtype or "bfloat16", config=config) as encoder:
         facts = describe(encoder)
+    measured = _time_budgets(model, dtype, chosen) if time_budgets else None
+    if measured is not None:
+        facts["costs"] = costs_as_dict(*measured)
     if as_json:
         print(json.dumps(facts, indent=2))
-    else:
-        _print(model, facts)
+        return
+    _print(model, facts)
+    if measured is not None:
+        console().print(costs_table(*measured))
+
+
+def _time_budgets(model: str, dtype: str | None, config: EncoderConfig) -> tuple[CostModel, Sequence[Budget]]:
+    """Costs of the budgets, measured with the checkpoint's own weights."""
+    from vitgraph.encoder import VisionEncoder
+
+    config = replace(config, graph=True, lazy=False, measure=True)
+    with VisionEncoder.from_pretrained(model, device="cuda", dtype=dtype, config=config) as encoder:
+        encoder.capture()
+        return encoder.engine.planner.cost, encoder.budgets
 
 
 def describe(encoder: VisionEncoder) -> dict[str, Any]:

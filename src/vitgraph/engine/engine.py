@@ -19,13 +19,15 @@ from vitgraph.config import EncoderConfig
 from vitgraph.core import Counts, Grid, Pack, Piece
 from vitgraph.engine.buffers import Arena, MetadataLayout, StaticBuffers, with_lengths
 from vitgraph.engine.graph import CapturedGraph, GraphPool, copy_outputs
+from vitgraph.engine.measure import measure_costs
 from vitgraph.engine.pixels import PieceRows, copy_rows
 from vitgraph.engine.stats import Stats
+from vitgraph.engine.timer import EngineTimer
 from vitgraph.errors import EngineReleasedError, FallbackError, PatchError
 from vitgraph.models.contract import Tower, TowerBuffers
 from vitgraph.planning.budgets import Budget, make_budgets
 from vitgraph.planning.metadata import BlockCache, GridPlan, MetadataCache
-from vitgraph.planning.packing import plan_packs
+from vitgraph.planning.packing import Planner
 
 logger = logging.getLogger("vitgraph")
 
@@ -67,6 +69,7 @@ class Engine:
         self._attention = attention
         self.device, self.dtype = device, dtype
         self.budgets: tuple[Budget, ...] = make_budgets(self.spec, config)
+        self.planner = Planner(self.spec, self.budgets)
         self._layouts = [MetadataLayout(self.spec, b.capacity, attention) for b in self.budgets]
         self._cache = MetadataCache(self.spec.counts, tower.metadata, config.metadata_cache)
         self._blocks = BlockCache()
@@ -90,7 +93,8 @@ class Engine:
 
     def plan(self, grids: Sequence[Grid]) -> list[Pack]:
         """How items of these grids would run."""
-        return plan_packs(self.spec, self.budgets, grids)
+        with self._lock:
+            return self.planner.plan(grids, eager=not self.config.strict)
 
     def warm_metadata(self, grids: Iterable[Grid] | None = None) -> None:
         """Computes the metadata of grids ahead of their first use.
@@ -135,9 +139,20 @@ class Engine:
                     progress(done, len(order), f"{self.budgets[index].tokens} tokens")
                 if index not in self._graphs and not self._capture_one(index, warm_up=index in warm_ups):
                     break
+            self._captured = True
+            if self.config.measure and self._graphs:
+                if progress:
+                    progress(len(order), len(order), "timing")
+                self._measure()
             if progress:
                 progress(len(order), len(order), "done")
-            self._captured = True
+
+    def _measure(self) -> None:
+        start = time.perf_counter()
+        self.planner.cost = measure_costs(self.spec, self.budgets, sorted(self._graphs), EngineTimer(self))
+        self._stats.measure_seconds = time.perf_counter() - start
+        timed = sum(self.planner.cost.measured)
+        logger.debug("timed %d of %d budgets in %.2f s", timed, len(self.budgets), self._stats.measure_seconds)
 
     @torch.no_grad()
     def run(self, rows: Sequence[Tensor], grids: Sequence[Grid], mode: Mode = "auto") -> list[Outputs]:
@@ -160,7 +175,8 @@ class Engine:
             if mode == "auto" and not self._captured and not self.config.lazy:
                 self.capture()
             mode = mode if self.config.graph else "eager"
-            packs = plan_packs(self.spec, self.budgets, grids, split=mode != "eager")
+            exact = mode == "eager"
+            packs = self.planner.plan(grids, split=not exact, eager=mode == "auto" and not self.config.strict)
             parts: list[list[Part]] = [[] for _ in grids]
             self._count_items(packs, len(grids))
             for pack in packs:
@@ -180,6 +196,21 @@ class Engine:
                 graph_bytes=self._pool.nbytes if self._pool else 0,
                 static_bytes=self._arena.nbytes if self._arena else 0,
             )
+
+    @torch.no_grad()
+    def stage(self, budget: int, grids: Sequence[Grid]) -> None:
+        """Fills a budget's static metadata for items of these grids, which must fit it. Pixel rows stay as they are."""
+        with self._lock, self._guard():
+            self._fill(self._static(budget), [self._cache.get(grid) for grid in grids], [])
+
+    @torch.no_grad()
+    def run_unpacked(self, grids: Sequence[Grid]) -> Outputs:
+        """Eager forward of items of these grids, which the largest budget must hold, on whatever pixels lie there."""
+        with self._lock, self._guard():
+            plans = [self._cache.get(grid) for grid in grids]
+            total = {kind: sum(plan.counts[kind] for plan in plans) for kind in plans[0].counts}
+            rows = self._static(len(self.budgets) - 1).inputs.pixel_values[: total["patch"]]
+            return self._run_exact(total, plans, [rows])
 
     def captured(self, budget: int) -> CapturedGraph:
         """The graph of a captured budget, by its index. Only the budget that ran last may be replayed by hand: the

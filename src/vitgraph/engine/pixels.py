@@ -38,6 +38,8 @@ def copy_rows(target: Tensor, pieces: Sequence[PieceRows], slot: StagingSlot) ->
 def _adjacent(pieces: Sequence[PieceRows]) -> list[Tensor]:
     """Merges pieces that follow each other in the same storage, so that a batch in the caller's order is one copy."""
     runs: list[Tensor] = []
+    if not pieces:
+        return runs
     first, rows, end = pieces[0], len(pieces[0]), _end(pieces[0])
     for piece in pieces[1:]:
         if end and piece.data_ptr() == end and _same_memory(first, piece):

@@ -26,6 +26,7 @@ class Stats:
         graph_bytes: device memory of the graphs' shared pool.
         static_bytes: device memory of the static buffers.
         capture_seconds: time spent capturing.
+        measure_seconds: time spent on timing the captured budgets.
     """
 
     items: int = 0
@@ -44,6 +45,7 @@ class Stats:
     graph_bytes: int = 0
     static_bytes: int = 0
     capture_seconds: float = 0.0
+    measure_seconds: float = 0.0
 
     @property
     def padding(self) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -121,6 +122,13 @@ class TowerSpec:
     def outputs(self) -> tuple[OutputSpec, ...]:
         """Everything that `Tower.forward` returns, in order."""
         return (OutputSpec("tokens", "token", self.width, self.levels), *self.extra_outputs)
+
+    @cached_property
+    def load_sets(self) -> tuple[tuple[str, str], ...]:
+        """Per segment set that only the budget bounds: the kinds that count its rows and its segments."""
+        buffers = {buffer.name: buffer for buffer in self.buffers}
+        unbounded = [buffers[s.name] for s in self.segments if s.max_length is None]
+        return tuple((buffer.offset or "patch", buffer.rows) for buffer in unbounded)
 
     def counts(self, grid: Grid) -> Counts:
         """Rows of each kind that one item fills. Here: one segment per temporal patch."""

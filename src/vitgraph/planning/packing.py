@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from vitgraph.core import Counts, Grid, Pack, Piece, exceeded, fits
 from vitgraph.planning.budgets import Budget
+from vitgraph.planning.cost import CostModel, load_of
+from vitgraph.planning.search import Prices, Size, cheapest_groups
+
+EAGER_IS_FASTER = "eager is predicted to be faster"
+MOST_SIZES, MOST_PLANS, MOST_PLANNED_ITEMS = 65536, 1024, 128
 
 
 class CountRule(Protocol):
@@ -17,95 +22,155 @@ class CountRule(Protocol):
     @property
     def splits_by_frame(self) -> bool: ...
 
+    @property
+    def load_sets(self) -> Sequence[tuple[str, str]]: ...
+
     def counts(self, grid: Grid) -> Counts: ...
 
 
-def plan_packs(rule: CountRule, budgets: Sequence[Budget], grids: Sequence[Grid], split: bool = True) -> list[Pack]:
-    """Packs items into budgets: best fit decreasing into the largest budget, then the smallest budget that holds
-    each pack.
+class _Sized(NamedTuple):
+    """A grid's rows by kind, as a dict and in the planner's order, and its attention load."""
 
-    An item that no budget holds is cut between frames where its frames are independent; where they are not, or where
-    one frame alone is too large, it becomes an eager pack of its own with the reason. Every limit of a budget is
-    respected: patch rows, tokens, items and segments.
+    counts: Counts
+    size: Size
+    load: float
+
+
+class Planner:
+    """Packs items into budgets so that their predicted time is least.
 
     Args:
         rule: item sizes.
         budgets: ascending; the last one holds whatever any of them holds. May be empty: everything runs eager.
-        grids: one per item, in the caller's order.
-        split: whether items may be cut between frames at all.
-
-    Returns:
-        Packs in the order in which their first item came; pieces of a pack in the caller's order.
+        cost: predicted times; default: a guess from the budgets' sizes.
     """
-    if not grids:
-        return []
-    sizes = {grid: rule.counts(grid) for grid in set(grids)}
-    if not budgets:
-        return [Pack((Piece(i, grid),), sizes[grid], None, "no budgets") for i, grid in enumerate(grids)]
-    largest = budgets[-1].capacity
-    pieces = [Piece(i, grid) for i, grid in enumerate(grids)]
-    total = _sum(sizes[grid] for grid in grids)
-    if fits(total, largest):
-        return [_replayed(pieces, total, budgets)]
-    if split and rule.splits_by_frame:
-        pieces = [part for piece in pieces for part in _cut(rule, piece, sizes[piece.grid], largest)]
-        sizes |= {piece.grid: rule.counts(piece.grid) for piece in pieces}
-    bins: list[_Bin] = []
-    eager: list[Pack] = []
-    for piece in sorted(pieces, key=lambda p: -p.grid.patches):
-        counts = sizes[piece.grid]
-        if fits(counts, largest):
-            _place(bins, piece, counts, largest)
+
+    def __init__(self, rule: CountRule, budgets: Sequence[Budget], cost: CostModel | None = None) -> None:
+        self._rule, self._budgets = rule, budgets
+        self._kinds = tuple(budgets[-1].capacity) if budgets else ()
+        self._columns = [[budget.capacity[kind] for budget in budgets] for kind in self._kinds]
+        self._rows = self._kinds.index("patch") if budgets else 0
+        self._sizes: dict[Grid, _Sized] = {}
+        self._plans: OrderedDict[tuple[tuple[Grid, ...], bool, bool], tuple[Pack, ...]] = OrderedDict()
+        self.cost = cost or CostModel.guess(budgets)
+
+    @property
+    def cost(self) -> CostModel:
+        """What plans are chosen by; setting it forgets earlier plans."""
+        return self._cost
+
+    @cost.setter
+    def cost(self, cost: CostModel) -> None:
+        self._cost = cost
+        self._prices = Prices(cost, self._columns, self._rows)
+        self._plans.clear()
+
+    def plan(self, grids: Sequence[Grid], split: bool = True, eager: bool = True) -> list[Pack]:
+        """The packs of these items.
+
+        An item that no budget holds is cut between frames where its frames are independent; where they are not, or
+        where one frame alone is too large, it becomes an eager pack of its own with the reason. Every limit of a
+        budget is respected: patch rows, tokens, items and segments. Among several packings the one with the least
+        predicted time is taken, and a pack runs eager where that is predicted to be faster.
+
+        Args:
+            grids: one per item, in the caller's order.
+            split: whether items may be cut between frames at all.
+            eager: whether a pack that fits a budget may run eager.
+
+        Returns:
+            Packs in the order in which their first item came; pieces of a pack in the caller's order.
+        """
+        key = (tuple(grids), split, eager)
+        packs = self._plans.get(key)
+        if packs is None:
+            packs = tuple(self._plan(grids, split, eager))
+            if len(grids) <= MOST_PLANNED_ITEMS:
+                self._plans[key] = packs
+                if len(self._plans) > MOST_PLANS:
+                    self._plans.popitem(last=False)
         else:
-            reason = f"larger than the largest budget in {exceeded(counts, largest)}"
-            eager.append(Pack((piece,), counts, None, reason))
-    packs = [_replayed(sorted(b.pieces), b.filled, budgets) for b in bins]
-    return sorted(packs + eager, key=lambda pack: pack.pieces[0])
+            self._plans.move_to_end(key)
+        return list(packs)
+
+    def predicted(self, packs: Iterable[Pack]) -> float:
+        """Predicted time of these packs, in the model's unit; infinite when one runs eager and eager was not timed."""
+        return sum(self._predicted(pack) for pack in packs)
+
+    def _predicted(self, pack: Pack) -> float:
+        load = sum(self._sized(piece.grid).load for piece in pack.pieces)
+        if pack.budget is None:
+            return self._cost.eager(pack.counts["patch"], load)
+        return self._cost.replay(pack.budget, load)
+
+    def _plan(self, grids: Sequence[Grid], split: bool, eager: bool) -> list[Pack]:
+        if not grids:
+            return []
+        pieces = [Piece(i, grid) for i, grid in enumerate(grids)]
+        sized = [self._sized(grid) for grid in grids]
+        if not self._budgets:
+            return [Pack((p,), s.counts, None, "no budgets") for p, s in zip(pieces, sized, strict=True)]
+        index = self._smallest(_sum([s.size for s in sized]))
+        if index < len(self._budgets) and not self._cost.splitting_helps(index):
+            return [self._pack(pieces, eager)]
+        return self._several(pieces, split, eager)
+
+    def _several(self, pieces: list[Piece], split: bool, eager: bool) -> list[Pack]:
+        """Packs of items that need not, or cannot, run in one."""
+        largest = self._budgets[-1].capacity
+        if split and self._rule.splits_by_frame:
+            pieces = [part for piece in pieces for part in self._cut(piece, largest)]
+        fitting = [p for p in pieces if fits(self._sized(p.grid).counts, largest)]
+        alone = [p for p in pieces if not fits(self._sized(p.grid).counts, largest)]
+        packs = [self._too_large(piece, largest) for piece in alone]
+        fitting.sort(key=lambda p: -p.grid.patches)
+        sizes = [self._sized(p.grid) for p in fitting]
+        groups = cheapest_groups(self._prices, [s.size for s in sizes], [s.load for s in sizes])
+        packs += [self._pack(sorted(fitting[i] for i in group), eager) for group in groups]
+        return sorted(packs, key=lambda pack: pack.pieces[0])
+
+    def _sized(self, grid: Grid) -> _Sized:
+        sized = self._sizes.get(grid)
+        if sized is None:
+            counts = self._rule.counts(grid)
+            size = tuple(counts.get(kind, 0) for kind in self._kinds)
+            sized = _Sized(counts, size, load_of(counts, self._rule.load_sets))
+            if len(self._sizes) >= MOST_SIZES:
+                self._sizes.clear()
+            self._sizes[grid] = sized
+        return sized
+
+    def _smallest(self, size: Size) -> int:
+        """Index of the smallest budget that holds this many rows; budgets grow in every kind."""
+        return max(bisect_left(column, n) for column, n in zip(self._columns, size, strict=True))
+
+    def _pack(self, pieces: Sequence[Piece], eager: bool) -> Pack:
+        sized = [self._sized(piece.grid) for piece in pieces]
+        size, load = _sum([s.size for s in sized]), sum(s.load for s in sized)
+        counts = dict(zip(self._kinds, size, strict=True))
+        index = self._cost.cheapest(self._smallest(size), load)
+        if eager and self._cost.eager(counts["patch"], load) < self._cost.replay(index, load):
+            return Pack(tuple(pieces), counts, None, EAGER_IS_FASTER)
+        return Pack(tuple(pieces), counts, index)
+
+    def _too_large(self, piece: Piece, largest: Counts) -> Pack:
+        counts = self._sized(piece.grid).counts
+        reason = f"larger than the largest budget in {exceeded(counts, largest)}"
+        return Pack((piece,), counts, None, reason)
+
+    def _cut(self, piece: Piece, largest: Counts) -> list[Piece]:
+        """The item whole if it fits or not even one frame does, else in runs of as many frames as the largest budget
+        holds."""
+        item, grid = piece.item, piece.grid
+        rule = self._rule
+        if fits(self._sized(grid).counts, largest) or not fits(rule.counts(Grid(1, grid.h, grid.w)), largest):
+            return [piece]
+        frames = grid.t
+        while not fits(rule.counts(Grid(frames, grid.h, grid.w)), largest):
+            frames -= 1
+        starts = range(0, grid.t, frames)
+        return [Piece(item, Grid(min(frames, grid.t - first), grid.h, grid.w), first) for first in starts]
 
 
-@dataclass
-class _Bin:
-    """A pack that is being filled."""
-
-    pieces: list[Piece]
-    filled: dict[str, int]
-
-
-def _cut(rule: CountRule, piece: Piece, counts: Counts, largest: Counts) -> list[Piece]:
-    """The item whole if it fits or not even one frame does, else in runs of as many frames as the largest budget
-    holds."""
-    item, grid = piece.item, piece.grid
-    if fits(counts, largest) or not fits(rule.counts(Grid(1, grid.h, grid.w)), largest):
-        return [piece]
-    frames = grid.t
-    while not fits(rule.counts(Grid(frames, grid.h, grid.w)), largest):
-        frames -= 1
-    return [Piece(item, Grid(min(frames, grid.t - first), grid.h, grid.w), first) for first in range(0, grid.t, frames)]
-
-
-def _place(bins: list[_Bin], piece: Piece, counts: Counts, largest: Counts) -> None:
-    """Adds the piece to the fullest pack that still holds it, or opens a new one."""
-    open_bins = [b for b in bins if all(b.filled[kind] + n <= largest[kind] for kind, n in counts.items())]
-    if not open_bins:
-        bins.append(_Bin([piece], dict(counts)))
-        return
-    best = max(open_bins, key=lambda b: b.filled["patch"])
-    best.pieces.append(piece)
-    for kind, n in counts.items():
-        best.filled[kind] += n
-
-
-def _sum(sizes: Iterable[Counts]) -> dict[str, int]:
-    total: dict[str, int] = {}
-    for counts in sizes:
-        for kind, n in counts.items():
-            total[kind] = total.get(kind, 0) + n
-    return total
-
-
-def _replayed(pieces: list[Piece], counts: Counts, budgets: Sequence[Budget]) -> Pack:
-    """The pack in the smallest budget that holds it; budgets grow in every kind."""
-    index = bisect_left(budgets, counts["token"], key=lambda budget: budget.tokens)
-    while not fits(counts, budgets[index].capacity):
-        index += 1
-    return Pack(tuple(pieces), counts, index)
+def _sum(sizes: Sequence[Size]) -> Size:
+    return tuple(map(sum, zip(*sizes, strict=True)))

@@ -1,0 +1,175 @@
+"""Timing of budgets after capture: the numbers behind the cost model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from math import isqrt
+from typing import Protocol
+
+import numpy as np
+
+from vitgraph.core import Grid, fits
+from vitgraph.errors import PatchError
+from vitgraph.models.contract import TowerSpec
+from vitgraph.planning.budgets import Budget
+from vitgraph.planning.cost import CostModel, load_of
+
+SECONDS = 1.2
+"""Time for replays; eager runs and the attention's slope take a little more."""
+USUAL_TOKENS = 100
+SLOPE_POINTS = 5
+EAGER_POINTS = 5
+EAGER_RUNS = 2
+
+
+class Timer(Protocol):
+    """What is timed, in microseconds of one run of a budget filled with items of these grids."""
+
+    def replay(self, budget: int, grids: Sequence[Grid]) -> float: ...
+
+    def eager(self, grids: Sequence[Grid]) -> float: ...
+
+
+def measure_costs(
+    spec: TowerSpec,
+    budgets: Sequence[Budget],
+    captured: Sequence[int],
+    timer: Timer,
+    seconds: float = SECONDS,
+    clock: Callable[[], float] = time.perf_counter,
+) -> CostModel:
+    """Times captured budgets, the attention's part of some of them, and the eager forward at a few sizes.
+
+    Budgets are timed in an order that halves the gaps, until `seconds` are over; the others are interpolated.
+
+    Args:
+        spec: of the tower.
+        budgets: ascending.
+        captured: indexes of budgets that have a graph, ascending; at least one.
+        timer: runs and times.
+        seconds: for the replays.
+        clock: seconds now.
+    """
+    deadline = clock() + seconds
+    times: dict[int, float] = {}
+    for index in halving(captured):
+        if len(times) >= 2 and clock() > deadline:
+            break
+        times[index] = timer.replay(index, usual_items(spec, budgets[index]))
+    loads = {index: _load(spec, usual_items(spec, budgets[index])) for index in times}
+    slopes = _slopes(spec, budgets, times, loads, timer)
+    rows = np.array([budget.capacity["patch"] for budget in budgets])
+    slope = _spread(rows, slopes)
+    fixed = _spread(rows, {i: max(times[i] - slope[i] * loads[i], 0.0) for i in times})
+    eager = _eager_curve(spec, budgets, slope, timer)
+    eager_rows, eager_time = zip(*eager, strict=True) if eager else ((), ())
+    for index in set(range(len(budgets))) - set(captured):
+        # Without a graph a budget runs the same forward launch by launch.
+        fixed[index] = float(np.interp(rows[index], eager_rows, eager_time)) if eager else float("inf")
+    return CostModel(
+        fixed=tuple(map(float, fixed)),
+        slope=tuple(map(float, slope)),
+        rows=tuple(map(int, rows)),
+        eager_rows=tuple(eager_rows),
+        eager_time=tuple(eager_time),
+        measured=tuple(index in times for index in range(len(budgets))),
+    )
+
+
+def halving(indexes: Sequence[int]) -> Iterator[int]:
+    """All indexes: the last and the first, then the middle of each gap, again and again."""
+    yield indexes[-1]
+    if len(indexes) > 1:
+        yield indexes[0]
+    gaps = [(0, len(indexes) - 1)]
+    while gaps:
+        low, high = gaps.pop(0)
+        if high - low > 1:
+            middle = (low + high) // 2
+            yield indexes[middle]
+            gaps += [(low, middle), (middle, high)]
+
+
+def usual_items(spec: TowerSpec, budget: Budget) -> list[Grid]:
+    """Images of about USUAL_TOKENS tokens each that fill the budget as far as they can."""
+    per_item = max(USUAL_TOKENS, -(-budget.tokens // budget.capacity["item"]))
+    grids: list[Grid] = []
+    tokens = 0
+    while tokens < budget.tokens:
+        grid = _image(spec, min(per_item, budget.tokens - tokens))
+        if grid is None or not _fit(spec, budget, [*grids, grid]):
+            break
+        grids.append(grid)
+        tokens += spec.counts(grid)["token"]
+    return grids
+
+
+def one_item(spec: TowerSpec, budget: Budget) -> list[Grid]:
+    """The largest near-square image that the budget holds, alone."""
+    grid = _image(spec, budget.tokens)
+    return [grid] if grid is not None and _fit(spec, budget, [grid]) else []
+
+
+def _image(spec: TowerSpec, tokens: int) -> Grid | None:
+    """A near-square image of at most this many tokens; for towers of fixed tiles, as many tiles."""
+    if spec.unit > 1:
+        side = spec.merge * isqrt(spec.unit)
+        grid = Grid(tokens // spec.unit, side, side)
+    else:
+        height = isqrt(tokens)
+        grid = Grid(1, height * spec.merge, tokens // max(height, 1) * spec.merge)
+    try:
+        spec.check_grid(grid)
+    except PatchError:
+        return None
+    return grid
+
+
+def _fit(spec: TowerSpec, budget: Budget, grids: Sequence[Grid]) -> bool:
+    counts = [spec.counts(grid) for grid in grids]
+    return fits({kind: sum(c[kind] for c in counts) for kind in counts[0]}, budget.capacity)
+
+
+def _load(spec: TowerSpec, grids: Sequence[Grid]) -> float:
+    return sum(load_of(spec.counts(grid), spec.load_sets) for grid in grids)
+
+
+def _slopes(
+    spec: TowerSpec, budgets: Sequence[Budget], times: dict[int, float], loads: dict[int, float], timer: Timer
+) -> dict[int, float]:
+    """Microseconds per rows^2: one large image against usual ones in the same budget."""
+    slopes: dict[int, float] = {}
+    for index in _spaced(sorted(times), SLOPE_POINTS):
+        grids = one_item(spec, budgets[index])
+        more = _load(spec, grids) - loads[index]
+        # A budget of one usual image has no other filling: nothing to learn.
+        if more > loads[index]:
+            slopes[index] = max(timer.replay(index, grids) - times[index], 0.0) / more
+    return slopes or {next(iter(times)): 0.0}
+
+
+def _eager_curve(
+    spec: TowerSpec, budgets: Sequence[Budget], slope: np.ndarray, timer: Timer
+) -> list[tuple[int, float]]:
+    """(rows, microseconds at no load), rows ascending."""
+    curve = {}
+    for index in _spaced(range(len(budgets)), EAGER_POINTS):
+        grids = usual_items(spec, budgets[index])
+        if grids:
+            rows = sum(spec.counts(grid)["patch"] for grid in grids)
+            time_us = min(timer.eager(grids) for _ in range(EAGER_RUNS))
+            curve[rows] = max(time_us - slope[index] * _load(spec, grids), 0.0)
+    return sorted(curve.items())
+
+
+def _spaced(indexes: Sequence[int], points: int) -> list[int]:
+    """Some of the indexes, the first and the last among them."""
+    chosen = np.linspace(0, len(indexes) - 1, min(points, len(indexes))).round().astype(int)
+    return [indexes[i] for i in dict.fromkeys(chosen)]
+
+
+def _spread(rows: np.ndarray, known: dict[int, float]) -> np.ndarray:
+    """Values at every budget, on lines through the known ones."""
+    indexes = sorted(known)
+    return np.interp(rows, rows[indexes], [known[i] for i in indexes])

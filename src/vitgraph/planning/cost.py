@@ -1,0 +1,117 @@
+"""What packs cost: microseconds, measured after capture or guessed from sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from vitgraph.core import Counts
+from vitgraph.planning.budgets import Budget
+
+FLOOR_TOKENS = 192
+"""A guess: launching a graph of any size costs as much as computing this many tokens."""
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Predicted time of a pack in microseconds.
+
+    A replay costs what its budget costs without attention, and its attention: `fixed[budget] + slope[budget] * load`.
+    The load of a pack is the sum of its squared segment lengths, in rows^2, over the segment sets that no window
+    bounds: full attention is quadratic in the segment, everything else linear in the rows.
+
+    Attributes:
+        fixed: per budget, ascending as the budgets.
+        slope: microseconds per rows^2 of load, per budget.
+        rows: patch rows per budget.
+        eager_rows, eager_time: curve of the eager forward at no load, piecewise linear; empty: eager is never chosen.
+        measured: per budget whether it was timed; the others lie on lines between their neighbours.
+        unit: "us", or "token" for a guess that only ranks plans.
+    """
+
+    fixed: tuple[float, ...]
+    slope: tuple[float, ...]
+    rows: tuple[int, ...]
+    eager_rows: tuple[int, ...] = ()
+    eager_time: tuple[float, ...] = ()
+    measured: tuple[bool, ...] = ()
+    unit: str = "us"
+
+    @classmethod
+    def guess(cls, budgets: Sequence[Budget]) -> CostModel:
+        """Before anything was measured: as many tokens as the budget has, and a floor for every replay."""
+        fixed = tuple(float(budget.tokens + FLOOR_TOKENS) for budget in budgets)
+        rows = tuple(budget.capacity["patch"] for budget in budgets)
+        return cls(fixed, (0.0,) * len(fixed), rows, measured=(False,) * len(fixed), unit="token")
+
+    def replay(self, budget: int, load: float) -> float:
+        """Time of a replay of the budget with this load."""
+        return self.fixed[budget] + self.slope[budget] * load
+
+    def eager(self, rows: int, load: float) -> float:
+        """Time of the eager forward on buffers of exactly `rows` patch rows; infinite where no curve is known."""
+        if not self.eager_rows:
+            return float("inf")
+        nearest = min(int(np.searchsorted(self.rows, rows)), len(self.rows) - 1)
+        return self._eager_fixed(rows) + self.slope[nearest] * load
+
+    def _eager_fixed(self, rows: int) -> float:
+        known, times = self.eager_rows, self.eager_time
+        if rows <= known[-1] or len(known) == 1:
+            return float(np.interp(rows, known, times))
+        per_row = max(times[-1] - times[-2], 0.0) / (known[-1] - known[-2])
+        return times[-1] + per_row * (rows - known[-1])
+
+    def cheapest(self, first: int, load: float) -> int:
+        """The budget with the least time among `first` and the larger ones: a few rows more may fill the GPU better."""
+        best = self._cheapest_from[first]
+        return best if self.replay(best, load) < self.replay(first, load) else first
+
+    @cached_property
+    def _cheapest_from(self) -> tuple[int, ...]:
+        best = len(self.fixed) - 1
+        found = [best]
+        for index in range(len(self.fixed) - 2, -1, -1):
+            best = index if self.fixed[index] <= self.fixed[best] else best
+            found.append(best)
+        return tuple(reversed(found))
+
+    def splitting_helps(self, budget: int) -> bool:
+        """Whether several smaller budgets that hold as many rows may cost less than this one."""
+        return self._splits[budget]
+
+    @cached_property
+    def _splits(self) -> tuple[bool, ...]:
+        rows, fixed = np.asarray(self.rows), np.asarray(self.fixed)
+        # cover[k]: no choice of budgets that together hold one row more than budget k - 1 costs less.
+        cover = np.minimum.accumulate(fixed[::-1])[::-1].copy()
+        helps = [False]
+        for index in range(1, len(rows)):
+            # A pack in this budget has more rows than the budget below it holds, or it would run there.
+            rest = np.searchsorted(rows, rows[index - 1] + 1 - rows[:index])
+            several = (fixed[:index] + cover[rest]).min()
+            helps.append(bool(several < fixed[index]))
+            cover[index] = min(cover[index], several)
+        return tuple(helps)
+
+    @property
+    def crossover(self) -> int | None:
+        """Patch rows of the smallest budget at which an exactly filled eager run is predicted to be as fast as its
+        replay, at no load; None when a graph is faster everywhere or eager was not timed."""
+        if not self.eager_rows:
+            return None
+        pairs = zip(self.rows, self.fixed, strict=True)
+        return next((rows for rows, time in pairs if self._eager_fixed(rows) <= time), None)
+
+
+def load_of(counts: Counts, sets: Sequence[tuple[str, str]]) -> float:
+    """Sum of squared segment lengths of one item, in rows^2, whose segments are of equal length.
+
+    Args:
+        counts: of the item.
+        sets: per segment set the kinds that count its rows and its segments.
+    """
+    return sum(counts[rows] ** 2 / max(counts[segments], 1) for rows, segments in sets)

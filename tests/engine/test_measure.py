@@ -1,0 +1,95 @@
+"""Costs from timings: what a made-up GPU shows comes out again, also at budgets that were not timed."""
+
+from __future__ import annotations
+
+import pytest
+
+from vitgraph import EncoderConfig, VisionEncoder
+from vitgraph.core import Grid, fits
+from vitgraph.engine.measure import halving, measure_costs, one_item, usual_items
+from vitgraph.models.registry import families
+from vitgraph.planning.cost import load_of
+from vitgraph.planning.packing import EAGER_IS_FASTER, Planner
+
+FLOOR, RATE, SLOPE, LAUNCH = 900.0, 2.0, 3e-4, 8000.0
+
+
+class FakeGpu:
+    """Replays take a floor, a rate per row of the budget and attention; eager runs wait for the host."""
+
+    def __init__(self, encoder: VisionEncoder) -> None:
+        self.spec, self.budgets = encoder.spec, encoder.budgets
+        self.timed: list[int] = []
+        self.now = 0.0
+
+    def clock(self) -> float:
+        return self.now
+
+    def replay(self, budget: int, grids: list[Grid]) -> float:
+        self.timed.append(budget)
+        assert fits(self._counts(grids), self.budgets[budget].capacity)
+        taken = FLOOR + RATE * self.budgets[budget].capacity["patch"] + SLOPE * self._load(grids)
+        self.now += taken / 1e6
+        return taken
+
+    def eager(self, grids: list[Grid]) -> float:
+        return max(LAUNCH, FLOOR + RATE * self._counts(grids)["patch"] + SLOPE * self._load(grids))
+
+    def _counts(self, grids: list[Grid]) -> dict[str, int]:
+        counts = [self.spec.counts(grid) for grid in grids]
+        return {kind: sum(c[kind] for c in counts) for kind in counts[0]}
+
+    def _load(self, grids: list[Grid]) -> float:
+        return sum(load_of(self.spec.counts(grid), self.spec.load_sets) for grid in grids)
+
+
+@pytest.fixture
+def encoder() -> VisionEncoder:
+    return VisionEncoder.from_config("qwen3_vl", device="cpu", config=EncoderConfig(max_tokens=1024))
+
+
+@pytest.mark.parametrize("seconds", [10.0, 0.01], ids=["every budget", "a few"])
+def test_the_model_predicts_what_was_not_timed(encoder: VisionEncoder, seconds: float) -> None:
+    gpu = FakeGpu(encoder)
+    everything = range(len(encoder.budgets))
+    cost = measure_costs(encoder.spec, encoder.budgets, everything, gpu, seconds, gpu.clock)
+    assert all(cost.measured) == (seconds > 1)
+    assert sum(cost.measured) >= 2
+    for index, budget in enumerate(encoder.budgets):
+        for grids in ([Grid(1, 8, 8)], usual_items(encoder.spec, budget), one_item(encoder.spec, budget)):
+            load = gpu._load(grids)
+            assert cost.replay(index, load) == pytest.approx(gpu.replay(index, grids), rel=0.01)
+    assert cost.eager(128, 0.0) == pytest.approx(LAUNCH, rel=0.05)
+
+
+def test_budgets_without_a_graph_cost_what_eager_costs(encoder: VisionEncoder) -> None:
+    gpu = FakeGpu(encoder)
+    captured = range(5)
+    cost = measure_costs(encoder.spec, encoder.budgets, captured, gpu, 10.0, gpu.clock)
+    assert set(gpu.timed) == set(captured)
+    assert cost.fixed[10] > cost.fixed[4]
+    grids = one_item(encoder.spec, encoder.budgets[10])
+    (pack,) = Planner(encoder.spec, encoder.budgets, cost).plan(grids)
+    assert pack.reason in ("", EAGER_IS_FASTER)
+    many = [Grid(1, 8, 8)] * 20
+    packs = Planner(encoder.spec, encoder.budgets, cost).plan(many)
+    assert len(packs) > 1
+    assert all(pack.budget is not None and pack.budget < 5 for pack in packs), "several graphs beat one eager run"
+
+
+@pytest.mark.parametrize("family", [family.name for family in families()])
+def test_budgets_of_every_family_can_be_filled(family: str) -> None:
+    encoder = VisionEncoder.from_config(family, device="cpu")
+    for budget in encoder.budgets:
+        grids = usual_items(encoder.spec, budget)
+        assert grids
+        counts = [encoder.spec.counts(grid) for grid in grids]
+        assert sum(c["token"] for c in counts) > 0.8 * budget.tokens
+        assert fits({kind: sum(c[kind] for c in counts) for kind in counts[0]}, budget.capacity)
+
+
+def test_halving_visits_everything_once_from_the_outside() -> None:
+    order = list(halving(range(9)))
+    assert sorted(order) == list(range(9))
+    assert order[:3] == [8, 0, 4]
+    assert list(halving([3])) == [3]

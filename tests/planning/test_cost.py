@@ -1,0 +1,158 @@
+"""Plans by predicted time: never worse than the plain packings, and eager only where that is predicted faster."""
+
+from __future__ import annotations
+
+from itertools import combinations, pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vitgraph.config import EncoderConfig
+from vitgraph.core import Grid, fits
+from vitgraph.planning.budgets import make_budgets
+from vitgraph.planning.cost import CostModel, load_of
+from vitgraph.planning.packing import EAGER_IS_FASTER, Planner
+from vitgraph.planning.search import Prices, best_fit, best_runs, greedy
+
+
+class Rule:
+    """m = 2, one segment per frame, frames never cut."""
+
+    unit = 1
+    splits_by_frame = False
+    load_sets = (("patch", "segment"),)
+
+    def counts(self, grid: Grid) -> dict[str, int]:
+        return {"patch": grid.patches, "token": grid.patches // 4, "item": 1, "segment": grid.t}
+
+    def capacity(self, tokens: int, max_items: int, max_frames: int) -> dict[str, int]:
+        return {"patch": 4 * tokens, "token": tokens, "item": max_items, "segment": max(max_items, max_frames)}
+
+
+RULE = Rule()
+
+
+@st.composite
+def models(draw: st.DrawFn) -> tuple[tuple, CostModel]:
+    """A ladder and measured-looking costs for it: a floor, a rate, and noise that may make a larger budget cheaper."""
+    tokens = sorted(draw(st.sets(st.integers(4, 800), min_size=1, max_size=8)))
+    budgets = make_budgets(RULE, EncoderConfig(budgets=tuple(tokens)))
+    floor, rate = draw(st.floats(0, 2000)), draw(st.floats(0.1, 10))
+    noise = draw(st.lists(st.floats(0.7, 1.3), min_size=len(budgets), max_size=len(budgets)))
+    fixed = tuple((floor + rate * b.tokens) * n for b, n in zip(budgets, noise, strict=True))
+    slope = (draw(st.floats(0, 1e-3)),) * len(budgets)
+    rows = tuple(b.capacity["patch"] for b in budgets)
+    return budgets, CostModel(fixed, slope, rows)
+
+
+grids = st.builds(lambda t, h, w: Grid(t, 2 * h, 2 * w), st.integers(1, 4), st.integers(1, 12), st.integers(1, 12))
+
+
+@given(models(), st.lists(grids, min_size=1, max_size=24))
+def test_a_plan_is_never_worse_than_the_plain_packings(model, items) -> None:
+    budgets, cost = model
+    planner = Planner(RULE, budgets, cost)
+    largest = budgets[-1].capacity
+    items = sorted((g for g in items if fits(RULE.counts(g), largest)), key=lambda g: -g.patches)
+    if not items:
+        return
+    sizes = [tuple(RULE.counts(g)[kind] for kind in largest) for g in items]
+    chosen = planner.predicted(planner.plan(items))
+    for plain in (greedy, best_fit):
+        other = 0.0
+        for group in plain(sizes, tuple(largest.values())):
+            load = sum(load_of(RULE.counts(items[i]), RULE.load_sets) for i in group)
+            total = {kind: sum(sizes[i][k] for i in group) for k, kind in enumerate(largest)}
+            smallest = next(i for i, b in enumerate(budgets) if fits(total, b.capacity))
+            other += cost.replay(smallest, load)
+        assert chosen <= other * (1 + 1e-9), plain.__name__
+
+
+@given(models(), st.lists(grids, min_size=1, max_size=7))
+def test_runs_are_the_cheapest_cut_of_the_sorted_items(model, items) -> None:
+    budgets, cost = model
+    largest = budgets[-1].capacity
+    items = sorted((g for g in items if fits(RULE.counts(g), largest)), key=lambda g: -g.patches)
+    if not items:
+        return
+    table = np.array([[RULE.counts(g)[kind] for kind in largest] for g in items])
+    loads = np.array([load_of(RULE.counts(g), RULE.load_sets) for g in items])
+    columns = [[b.capacity[kind] for b in budgets] for kind in largest]
+    prices = Prices(cost, columns, 0)
+
+    def price(cuts) -> float:
+        ends = [0, *cuts, len(items)]
+        spans = [slice(a, b) for a, b in pairwise(ends)]
+        return float(
+            prices.of(np.stack([table[s].sum(0) for s in spans]), np.array([loads[s].sum() for s in spans])).sum()
+        )
+
+    inner = range(1, len(items))
+    every = [price(cuts) for n in range(len(items)) for cuts in combinations(inner, n)]
+    runs = best_runs(prices, table, loads)
+    assert [i for run in sorted(runs) for i in run] == list(range(len(items)))
+    assert price(sorted(run[0] for run in runs)[1:]) == pytest.approx(min(every))
+
+
+def ladder(*tokens: int) -> tuple:
+    return make_budgets(RULE, EncoderConfig(budgets=tokens))
+
+
+def rows_of(budgets) -> tuple[int, ...]:
+    return tuple(b.capacity["patch"] for b in budgets)
+
+
+def test_a_wide_gap_in_the_ladder_is_filled_by_two_replays() -> None:
+    budgets = ladder(64, 512)
+    cost = CostModel((100.0, 1000.0), (0.0, 0.0), rows_of(budgets))
+    items = [Grid(1, 16, 16), Grid(1, 16, 16)]
+    assert cost.splitting_helps(1)
+    assert [pack.budget for pack in Planner(RULE, budgets, cost).plan(items)] == [0, 0]
+    even = CostModel((100.0, 150.0), (0.0, 0.0), rows_of(budgets))
+    assert not even.splitting_helps(1)
+    assert [pack.budget for pack in Planner(RULE, budgets, even).plan(items)] == [1]
+
+
+def test_a_larger_budget_is_taken_where_it_is_cheaper() -> None:
+    budgets = ladder(64, 80, 512)
+    cost = CostModel((200.0, 150.0, 900.0), (0.0,) * 3, rows_of(budgets))
+    (pack,) = Planner(RULE, budgets, cost).plan([Grid(1, 8, 8)])
+    assert pack.budget == 1
+
+
+def test_eager_runs_only_where_it_is_predicted_faster() -> None:
+    budgets = ladder(64, 512)
+    cost = CostModel((100.0, 5000.0), (0.0, 0.0), rows_of(budgets), (0, 2048), (1000.0, 3000.0))
+    planner = Planner(RULE, budgets, cost)
+    (small,) = planner.plan([Grid(1, 8, 8)])
+    assert small.budget == 0
+    (large,) = planner.plan([Grid(1, 32, 32)])
+    assert (large.budget, large.reason) == (None, EAGER_IS_FASTER)
+    assert planner.predicted([large]) == pytest.approx(2000.0)
+    (kept,) = planner.plan([Grid(1, 32, 32)], eager=False)
+    assert kept.budget == 1
+    assert cost.crossover == 2048
+
+
+def test_load_is_the_sum_of_squared_segments() -> None:
+    cost = CostModel((100.0,), (1e-3,), (1024,))
+    assert load_of(RULE.counts(Grid(1, 32, 32)), RULE.load_sets) == 1024**2
+    assert load_of(RULE.counts(Grid(4, 16, 16)), RULE.load_sets) == 4 * 256**2
+    assert cost.replay(0, 1024**2) == pytest.approx(100.0 + 1048.576)
+
+
+def test_eager_beyond_the_measured_curve_goes_on_at_its_last_rate() -> None:
+    cost = CostModel((1.0,), (0.0,), (64,), (100, 200), (10.0, 30.0))
+    assert cost.eager(150, 0.0) == pytest.approx(20.0)
+    assert cost.eager(300, 0.0) == pytest.approx(50.0)
+    assert CostModel((1.0,), (0.0,), (64,)).eager(10, 0.0) == float("inf")
+
+
+def test_plans_are_remembered_until_costs_change() -> None:
+    budgets = ladder(64, 80)
+    planner = Planner(RULE, budgets)
+    assert planner.plan([Grid(1, 8, 8)])[0].budget == 0
+    planner.cost = CostModel((200.0, 100.0), (0.0, 0.0), rows_of(budgets))
+    assert planner.plan([Grid(1, 8, 8)])[0].budget == 1
