@@ -27,12 +27,14 @@ class Call(ABC):
     Args:
         spec: of the tower.
         output: class of what the module returns.
+        config: of the module.
     """
 
     known: frozenset[str]
+    records: tuple[str, ...] = ()
 
-    def __init__(self, spec: TowerSpec, output: type) -> None:
-        self.spec, self.output = spec, output
+    def __init__(self, spec: TowerSpec, output: type, config: Any) -> None:
+        self.spec, self.output, self.config = spec, output, config
 
     def refuse(self, arguments: Mapping[str, Any]) -> str:
         """Why the arguments need the module's own forward, from their names and shapes; empty when they do not."""
@@ -50,7 +52,7 @@ class Call(ABC):
         """
 
     @abstractmethod
-    def join(self, outputs: Sequence[Outputs]) -> Any:
+    def join(self, outputs: Sequence[Outputs], arguments: Mapping[str, Any]) -> Any:
         """The module's output from the engine's outputs of all items."""
 
 
@@ -80,7 +82,7 @@ class GridCall(Call):
             raise PatchError(f"{len(rows)} rows for grids of {sum(sizes)} patches")
         return list(rows.split(sizes)), grids
 
-    def join(self, outputs: Sequence[Outputs]) -> Any:
+    def join(self, outputs: Sequence[Outputs], arguments: Mapping[str, Any]) -> Any:
         tokens, hidden = _join(outputs, 0), _join(outputs, 1)
         fields = {"last_hidden_state": hidden[0], "pooler_output": tokens[0]}
         if "deepstack_features" in self.output.__dataclass_fields__:  # type: ignore[attr-defined]
@@ -91,7 +93,7 @@ class GridCall(Call):
 class CellCall(GridCall):
     """As `GridCall`; a token is its cell of m * m patches: `pooler_output` is `[M, m * m, D]`."""
 
-    def join(self, outputs: Sequence[Outputs]) -> Any:
+    def join(self, outputs: Sequence[Outputs], arguments: Mapping[str, Any]) -> Any:
         cells = _join(outputs, 0)[0].unflatten(1, (self.spec.merge**2, -1))
         return self.output(last_hidden_state=_join(outputs, 1)[0], pooler_output=cells)
 
@@ -100,6 +102,8 @@ class TileCall(Call):
     """Pictures `[N, 3, side, side]` in pixels in; `last_hidden_state` `[N, 1 + patches, D]` out."""
 
     known = frozenset({"pixel_values"})
+    records = ("output_hidden_states",)
+    """The model around it may ask for the last hidden state by its index."""
 
     @property
     def side(self) -> int:
@@ -113,6 +117,8 @@ class TileCall(Call):
 
     def _refuse(self, arguments: Mapping[str, Any]) -> str:
         pixels, size = arguments.get("pixel_values"), self.side * self.patch
+        if arguments.get("output_hidden_states") not in (None, False, -1):
+            return "output_hidden_states is asked for"
         if not isinstance(pixels, Tensor) or not pixels.is_floating_point() or pixels.dim() != 4:
             return "pixel_values have another shape or type"
         if not len(pixels):
@@ -126,8 +132,11 @@ class TileCall(Call):
         rows = cells.permute(0, 2, 4, 1, 3, 5).reshape(-1, self.spec.patch_width)
         return [rows], [Grid(len(tiles), side, side)]
 
-    def join(self, outputs: Sequence[Outputs]) -> Any:
-        return self.output(last_hidden_state=_join(outputs, 0)[0].unflatten(0, (-1, 1 + self.side**2)))
+    def join(self, outputs: Sequence[Outputs], arguments: Mapping[str, Any]) -> Any:
+        last = _join(outputs, 0)[0].unflatten(0, (-1, 1 + self.side**2))
+        if arguments.get("output_hidden_states") != -1:
+            return self.output(last_hidden_state=last)
+        return self.output(last_hidden_state=last, hidden_states=(*[None] * self.config.num_hidden_layers, last))
 
 
 CALLS: Mapping[str, type[Call]] = {"grid": GridCall, "cells": CellCall, "tiles": TileCall}

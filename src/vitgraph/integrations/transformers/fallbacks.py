@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -30,12 +30,13 @@ INERT = frozenset(
 """Arguments of a language model that come along and that no vision tower reads."""
 
 
-def refuse_state(module: nn.Module, arguments: Mapping[str, Any]) -> str:
+def refuse_state(module: nn.Module, arguments: Mapping[str, Any], records: Collection[str] = ()) -> str:
     """Why the mode that the caller is in needs the module's own forward; empty when it does not.
 
     Args:
         module: whose forward is called.
         arguments: of the call by name.
+        records: names of `RECORDED` that the backend decides on itself when they are arguments.
     """
     if module.training:
         checkpointing = getattr(module, "gradient_checkpointing", False)
@@ -46,7 +47,11 @@ def refuse_state(module: nn.Module, arguments: Mapping[str, Any]) -> str:
         return "autocast is on"
     for name in RECORDED:
         value = arguments.get(name)
-        if value if value is not None else getattr(getattr(module, "config", None), name, False):
+        if value is None:
+            value = getattr(getattr(module, "config", None), name, False)
+        elif name in records:
+            continue
+        if value is not None and value is not False:
             return f"{name} is asked for"
     return _refuse_accelerate_hook(module)
 

@@ -31,7 +31,8 @@ class AcceleratedForward:
 
     Args:
         module: whose forward it replaces, once `install` is called.
-        backend: does the work.
+        backend: does the work. If it has an attribute `records`, it decides itself about calls that ask for these
+            outputs ("output_hidden_states", "output_attentions"); else they run the module's own forward.
         choice: the caller's `backend=`.
         config: the caller's settings.
     """
@@ -91,7 +92,7 @@ class AcceleratedForward:
             return COMPILING
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return CAPTURING
-        reason = refuse_state(self.module, arguments)
+        reason = refuse_state(self.module, arguments, getattr(self.backend, "records", ()))
         if reason:
             return reason
         if self._tree.changed():

@@ -67,6 +67,11 @@ class NativeBackend:
         return self._engine.stats if self._engine else Stats()
 
     @property
+    def records(self) -> tuple[str, ...]:
+        """See `AcceleratedForward`."""
+        return self._call.records
+
+    @property
     def copied_bytes(self) -> int:
         return self._weights.copied_bytes if self._weights else 0
 
@@ -76,14 +81,16 @@ class NativeBackend:
             if self._broken:
                 return self._broken
             replaced = replaced_forward(self._inner)
-            return f"{replaced} inside the module has a forward of its own" if replaced else self._call.refuse(arguments)
+            return (
+                f"{replaced} inside the module has a forward of its own" if replaced else self._call.refuse(arguments)
+            )
 
     def run(self, arguments: Mapping[str, Any]) -> Any:
         # Static buffers outlive the caller's inference mode, in which no tensor that does may be made.
         with torch.inference_mode(False), torch.no_grad():
             rows, grids = self._call.split(arguments)
             assert self._engine is not None, "run() follows refuse()"
-            return self._call.join(self._engine.run(rows, grids))
+            return self._call.join(self._engine.run(rows, grids), arguments)
 
     def capture(self, progress: Progress | None = None) -> None:
         with self._lock, torch.inference_mode(False):
@@ -129,5 +136,5 @@ class NativeBackend:
             self._weights = bind(inner, self._module, family.layouts(parsed))
             self._engine = Engine(tower.eval(), device, dtype, self._config, attention)
         output = getattr(sys.modules[type(self._module).__module__], self._row.output)
-        self._call: Call = CALLS[self._row.call](tower.spec, output)
+        self._call: Call = CALLS[self._row.call](tower.spec, output, self._module.config)
         self._broken = ""
