@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -58,6 +59,11 @@ class Pack:
     counts: Counts
     budget: int | None
     reason: str = ""
+
+    @cached_property
+    def grids(self) -> tuple[Grid, ...]:
+        """Grids of the pieces."""
+        return tuple(piece.grid for piece in self.pieces)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ logger = logging.getLogger("vitgraph")
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 MOST_THREADS = 8
+MOST_GRIDS = 65536
 OnError = Literal["raise", "return"]
 
 
@@ -62,6 +63,7 @@ class VisionEncoder:
         self.config = config
         self.attention = attention.name
         self.engine = Engine(tower, device, dtype, config, attention)
+        self._grids: dict[tuple[int, ...], Grid] = {}
 
     @classmethod
     def from_pretrained(
@@ -225,9 +227,10 @@ class VisionEncoder:
         Raises:
             PatchError: rank, width, dtype, row count or a grid does not fit the tower.
         """
-        grids = [self._grid(grid) for grid in _host_grids(grid_thw)]
-        rows = self._check_rows(pixel_values, sum(grid.patches for grid in grids))
-        return self._run(list(rows.split([grid.patches for grid in grids])) if grids else [], grids, mode)
+        known = self._grids
+        grids = [known.get(tuple(grid)) or self._grid(grid) for grid in _host_grids(grid_thw)]
+        rows = self._check_rows(pixel_values, sum(t * h * w for t, h, w in grids))
+        return self._run(rows, grids, mode)
 
     def release(self) -> None:
         """Frees graphs and static buffers. The encoder cannot encode afterwards."""
@@ -257,18 +260,23 @@ class VisionEncoder:
 
     # -- helpers -----------------------------------------------------------------------------------------------
 
-    def _run(self, rows: list[Tensor], grids: list[Grid], mode: Mode) -> list[VisionEmbedding]:
+    def _run(self, rows: Tensor | list[Tensor], grids: list[Grid], mode: Mode) -> list[VisionEmbedding]:
         outputs = self.engine.run(rows, grids, mode) if grids else []
+        maps = self.spec.deepstack
         return [
-            VisionEmbedding(tokens[0], tokens[1:] if self.spec.deepstack else None, grid)
-            for (tokens, *_), grid in zip(outputs, grids, strict=True)
+            VisionEmbedding(levels[0].select(0, 0), levels[0].narrow(0, 1, maps) if maps else None, grid)
+            for levels, grid in zip(outputs, grids, strict=True)
         ]
 
     def _grid(self, grid: Sequence[int]) -> Grid:
-        if len(grid) != 3:
-            raise PatchError(f"a grid is (t, h, w), not {tuple(grid)}.")
-        checked = Grid(*(int(n) for n in grid))
+        key = tuple(grid)
+        if len(key) != 3:
+            raise PatchError(f"a grid is (t, h, w), not {key}.")
+        checked = Grid(*(int(n) for n in key))
         self.spec.check_grid(checked)
+        if len(self._grids) >= MOST_GRIDS:
+            self._grids.clear()
+        self._grids[key] = checked
         return checked
 
     def _check_rows(self, pixel_values: Tensor, expected: int) -> Tensor:
@@ -302,7 +310,7 @@ def _host_grids(grid_thw: Tensor | Sequence[Sequence[int]]) -> list[Sequence[int
                 "CPU, or pass grid_thw.tolist() where you already have it."
             )
         return grid_thw.tolist()
-    return [tuple(grid) for grid in grid_thw]
+    return list(grid_thw)
 
 
 def _device(device: str | torch.device | None) -> torch.device:

@@ -263,3 +263,29 @@ def test_lazy_after_captures_sizes_that_come_again() -> None:
             assert encoder.stats.captured_graphs == graphs
         assert encoder.stats.waiting == 1
         assert not encoder.stats.fallbacks
+
+
+def test_host_pixels_that_overlap_a_replay_reach_their_own_items() -> None:
+    """Calls follow each other without a synchronisation; each has pixels of its own on the host."""
+    with make("qwen3_vl") as encoder:
+        grids = [(1, 20, 24), (1, 8, 8)]
+        batches = [pixels(encoder, grids, seed).cpu() for seed in range(12)]
+        encoder.encode_patches(batches[0], grids)
+        queued = [encoder.encode_patches(x.pin_memory() if i % 2 else x, grids) for i, x in enumerate(batches)]
+        for x, got in zip(batches, queued, strict=True):
+            want = encoder.encode_patches(x.cuda(), grids, mode="padded")
+            assert all(torch.equal(g.tokens, w.tokens) for g, w in zip(got, want, strict=True))
+
+
+def test_kept_metadata_blocks_give_the_same_on_any_stream() -> None:
+    with make("qwen2_5_vl") as encoder:
+        combinations = [[(1, 8, 8), (1, 4, 12)], [(1, 4, 12), (1, 8, 8)], [(1, 20, 24)], [(1, 8, 8)] * 3]
+        inputs = [pixels(encoder, grids, seed) for seed, grids in enumerate(combinations)]
+        want = [encoder.encode_patches(x, g, mode="padded") for x, g in zip(inputs, combinations, strict=True)]
+        torch.cuda.synchronize()
+        for turn in range(6):
+            with torch.cuda.stream(torch.cuda.Stream()) if turn % 2 else torch.cuda.stream(torch.cuda.default_stream()):
+                for x, grids, expected in zip(inputs, combinations, want, strict=True):
+                    got = encoder.encode_patches(x, grids)
+                    assert all(torch.equal(g.tokens, w.tokens) for g, w in zip(got, expected, strict=True))
+        assert encoder.engine._blocks.nbytes > 0

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vitgraph.core import Grid
-from vitgraph.planning.metadata import BlockCache, MetadataCache
+from vitgraph.planning.metadata import MetadataCache
 
 
 def counts(grid: Grid) -> dict[str, int]:
@@ -58,19 +58,3 @@ def test_threads_may_share_it() -> None:
     for thread in threads:
         thread.join()
     assert len(cache) == 4
-
-
-def test_blocks_of_small_packs_come_back_and_make_room() -> None:
-    cache = BlockCache(most_items=2, most_bytes=8)
-    out = np.zeros(6, np.uint8)
-    for key in ("a", "b"):
-        cache.keep(key, np.frombuffer(key.encode() * 4, np.uint8), items=1)
-    assert cache.restore("a", out)
-    assert bytes(out) == b"aaaa\0\0"
-    cache.keep("c", np.frombuffer(b"cccc", np.uint8), items=1)
-    assert not cache.restore("b", out)
-    assert cache.restore("a", out)
-    cache.keep("many", np.zeros(1, np.uint8), items=3)
-    cache.keep("large", np.zeros(9, np.uint8), items=1)
-    cache.keep(None, np.zeros(1, np.uint8), items=1)
-    assert not any(cache.restore(key, out) for key in ("many", "large", None))

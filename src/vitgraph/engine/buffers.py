@@ -114,18 +114,16 @@ class MetadataLayout:
 
 def _write_buffer(spec: BufferSpec, out: np.ndarray, plans: Sequence[GridPlan]) -> None:
     out[: spec.lead] = 0
-    row = spec.lead
-    shift = 0
-    name, kind, offset = spec.name, spec.rows, spec.offset
-    for counts, metadata in plans:
-        end = row + counts[kind]
-        if offset is None:
-            out[row:end] = metadata[name]
-        else:
-            np.add(metadata[name], shift, out=out[row:end], casting="unsafe")
-            shift += counts[offset]
-        row = end
-    _pad(spec, out, row)
+    end = spec.lead
+    if plans:
+        rows = [plan.counts[spec.rows] for plan in plans]
+        end += sum(rows)
+        filled = out[spec.lead : end]
+        np.concatenate([plan.metadata[spec.name] for plan in plans], out=filled, casting="unsafe")
+        if spec.offset is not None and len(plans) > 1:
+            before = np.cumsum([0, *(plan.counts[spec.offset] for plan in plans[:-1])])
+            filled += np.repeat(before, rows).reshape(-1, *(1,) * len(spec.trailing)).astype(out.dtype)
+    _pad(spec, out, end)
 
 
 def _pad(spec: BufferSpec, out: np.ndarray, row: int) -> None:
@@ -149,29 +147,56 @@ def offset_kind(spec: TowerSpec, name: str) -> str:
 class StagingSlot:
     """One host copy of what travels to the device, pinned for CUDA, and the event after its last transfer.
 
+    Pixel rows are made when the first ones come from the host.
+
     Args:
         nbytes: of the metadata block.
         pixel_shape, dtype: of the pixel rows.
-        pinned: whether a CUDA device reads it.
+        device: that reads it.
     """
 
-    def __init__(self, nbytes: int, pixel_shape: tuple[int, int], dtype: torch.dtype, pinned: bool) -> None:
-        self.block = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=pinned)
+    def __init__(self, nbytes: int, pixel_shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+        self._pinned = device.type == "cuda"
+        self.block = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=self._pinned)
         self.bytes = self.block.numpy()
-        self.event = torch.cuda.Event() if pinned else None
-        self._pixel_shape, self._dtype, self._pinned = pixel_shape, dtype, pinned
+        self.event = torch.cuda.Event() if self._pinned else None
+        self._pixel_shape, self._dtype, self._device = pixel_shape, dtype, device
         self._arrays: dict[MetadataLayout, dict[str, np.ndarray]] = {}
 
     @cached_property
     def pixels(self) -> Tensor:
-        """`[P, patch_width]`; made when the first pixels come from the host."""
+        """`[P, patch_width]` on the host."""
         return torch.empty(self._pixel_shape, dtype=self._dtype, pin_memory=self._pinned)
+
+    @cached_property
+    def copies(self) -> torch.cuda.Stream:
+        """Where pixel rows travel, beside the replays."""
+        return torch.cuda.Stream(self._device)
+
+    @cached_property
+    def landing(self) -> Tensor:
+        """`[P, patch_width]` on the device: rows arrive here while a replay still reads the static ones."""
+        landing = torch.empty(self._pixel_shape, dtype=self._dtype, device=self._device)
+        # Its memory may have been freed by something that still runs on the current stream.
+        self.copies.wait_stream(torch.cuda.current_stream(self._device))
+        return landing
+
+    @property
+    def device_bytes(self) -> int:
+        """Device memory that it holds."""
+        landing = self.__dict__.get("landing")
+        return 0 if landing is None else landing.nbytes
 
     def arrays(self, layout: MetadataLayout) -> dict[str, np.ndarray]:
         """The block as the buffers of one layout."""
         if layout not in self._arrays:
             self._arrays[layout] = layout.arrays(self.bytes)
         return self._arrays[layout]
+
+    def record(self, stream: torch.cuda.Stream | None) -> None:
+        """Notes that everything read from here has been queued on the stream."""
+        if self.event is not None:
+            self.event.record(stream)
 
     def wait(self) -> None:
         """Until the device has read what was written here last."""
@@ -206,7 +231,8 @@ class Arena:
     @property
     def nbytes(self) -> int:
         """Device bytes held."""
-        return self.block.nbytes + self.pixels.nbytes + sum(output.nbytes for output in self._outputs)
+        landing = sum(slot.device_bytes for slot in self._slots if slot is not None)
+        return self.block.nbytes + self.pixels.nbytes + sum(output.nbytes for output in self._outputs) + landing
 
     def outputs(self, spec: TowerSpec, capacity: Counts) -> tuple[Tensor, ...]:
         """Static outputs of a budget, each `[levels, rows, width]`."""
@@ -229,7 +255,7 @@ class Arena:
         self._slots = [slot or self._new_slot() for slot in self._slots]
 
     def _new_slot(self) -> StagingSlot:
-        return StagingSlot(self._nbytes, self._shape, self._dtype, pinned=self.device.type == "cuda")
+        return StagingSlot(self._nbytes, self._shape, self._dtype, self.device)
 
 
 @dataclass(frozen=True)
@@ -238,11 +264,13 @@ class StaticBuffers:
 
     Attributes:
         layout: of its metadata block.
+        block: the bytes of its metadata.
         inputs: what the tower's forward reads; addresses never change.
         outputs: each `[levels, rows, width]`, where a captured forward leaves its results.
     """
 
     layout: MetadataLayout
+    block: Tensor
     inputs: TowerBuffers
     outputs: tuple[Tensor, ...]
     arena: Arena = field(repr=False)
@@ -256,7 +284,7 @@ class StaticBuffers:
             plain = segments[schedule.segments]
             segments[schedule.segments] = replace(plain, tiles=metadata[schedule.name], block=schedule.block)
         inputs = TowerBuffers(arena.pixels[: capacity["patch"]], metadata, segments)
-        return cls(layout, inputs, arena.outputs(spec, capacity), arena)
+        return cls(layout, arena.block[: layout.nbytes], inputs, arena.outputs(spec, capacity), arena)
 
 
 def with_lengths(inputs: TowerBuffers, lengths: Mapping[str, tuple[int, ...]]) -> TowerBuffers:

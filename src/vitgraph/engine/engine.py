@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from threading import RLock
@@ -17,6 +17,7 @@ from torch import Tensor
 from vitgraph.attention.base import VarlenAttention
 from vitgraph.config import EncoderConfig
 from vitgraph.core import Counts, Grid, Pack, Piece
+from vitgraph.engine.blocks import BlockCache, copy_block
 from vitgraph.engine.buffers import Arena, MetadataLayout, StaticBuffers, with_lengths
 from vitgraph.engine.graph import CapturedGraph, GraphPool, copy_outputs
 from vitgraph.engine.measure import measure_costs
@@ -26,7 +27,7 @@ from vitgraph.engine.timer import EngineTimer
 from vitgraph.errors import EngineReleasedError, FallbackError, PatchError
 from vitgraph.models.contract import Tower, TowerBuffers
 from vitgraph.planning.budgets import Budget, make_budgets
-from vitgraph.planning.metadata import BlockCache, GridPlan, MetadataCache
+from vitgraph.planning.metadata import GridPlan, MetadataCache
 from vitgraph.planning.packing import Planner
 
 logger = logging.getLogger("vitgraph")
@@ -155,11 +156,12 @@ class Engine:
         logger.debug("timed %d of %d budgets in %.2f s", timed, len(self.budgets), self._stats.measure_seconds)
 
     @torch.no_grad()
-    def run(self, rows: Sequence[Tensor], grids: Sequence[Grid], mode: Mode = "auto") -> list[Outputs]:
+    def run(self, rows: Tensor | Sequence[Tensor], grids: Sequence[Grid], mode: Mode = "auto") -> list[Outputs]:
         """Encodes items.
 
         Args:
-            rows: per item its pixel rows `[P_i, patch_width]`, on the host or on the device, any float dtype.
+            rows: pixel rows of all items one after another, `[P, patch_width]`, or per item `[P_i, patch_width]`; on
+                the host or on the device, any float dtype.
             grids: per item.
             mode: see `Mode`.
 
@@ -177,6 +179,9 @@ class Engine:
             mode = mode if self.config.graph else "eager"
             exact = mode == "eager"
             packs = self.planner.plan(grids, split=not exact, eager=mode == "auto" and not self.config.strict)
+            together = len(packs) == 1 and len(packs[0].pieces) == len(grids)
+            if isinstance(rows, Tensor) and not together:
+                rows = rows.split([grid.patches for grid in grids])
             parts: list[list[Part]] = [[] for _ in grids]
             self._count_items(packs, len(grids))
             for pack in packs:
@@ -194,7 +199,7 @@ class Engine:
                 metadata_misses=self._cache.misses,
                 captured_graphs=len(self._graphs),
                 graph_bytes=self._pool.nbytes if self._pool else 0,
-                static_bytes=self._arena.nbytes if self._arena else 0,
+                static_bytes=(self._arena.nbytes if self._arena else 0) + self._blocks.nbytes,
             )
 
     @torch.no_grad()
@@ -207,10 +212,10 @@ class Engine:
     def run_unpacked(self, grids: Sequence[Grid]) -> Outputs:
         """Eager forward of items of these grids, which the largest budget must hold, on whatever pixels lie there."""
         with self._lock, self._guard():
-            plans = [self._cache.get(grid) for grid in grids]
-            total = {kind: sum(plan.counts[kind] for plan in plans) for kind in plans[0].counts}
+            counts = [self.planner.counts(grid) for grid in grids]
+            total = {kind: sum(c[kind] for c in counts) for kind in counts[0]}
             rows = self._static(len(self.budgets) - 1).inputs.pixel_values[: total["patch"]]
-            return self._run_exact(total, plans, [rows])
+            return self._run_exact(total, grids, [rows])
 
     def captured(self, budget: int) -> CapturedGraph:
         """The graph of a captured budget, by its index. Only the budget that ran last may be replayed by hand: the
@@ -231,6 +236,7 @@ class Engine:
                 self._last_run.synchronize()
             self._graphs.clear()
             self._buffers.clear()
+            self._blocks.clear()
             self._pool = self._arena = None
             self._released = True
             if self.device.type == "cuda":
@@ -238,44 +244,49 @@ class Engine:
 
     # -- one pack ----------------------------------------------------------------------------------------------
 
-    def _run_pack(self, pack: Pack, rows: Sequence[Tensor], mode: Mode, parts: list[list[Part]]) -> None:
-        """Runs one pack and hands each piece its rows of the output."""
-        plans = [self._cache.get(piece.grid) for piece in pack.pieces]
-        pixels = [piece_rows(rows[piece.item], piece) for piece in pack.pieces]
+    def _run_pack(self, pack: Pack, rows: Tensor | Sequence[Tensor], mode: Mode, parts: list[list[Part]]) -> None:
+        """Runs one pack and hands each piece its rows of the output.
+
+        Args:
+            pack: to run.
+            rows: of the pack's pieces, one after another, or of every item.
+            mode: see `Mode`.
+            parts: per item, filled.
+        """
+        together = isinstance(rows, Tensor)
+        pixels = [rows] if together else [piece_rows(rows[piece.item], piece) for piece in pack.pieces]
         self._stats.packs += 1
         if pack.budget is None or mode == "eager":
             if mode != "eager":
                 self._fall_back(pack)
-            outputs = self._run_exact(pack.counts, plans, pixels)
+            outputs = self._run_exact(pack.counts, pack.grids, pixels)
         else:
             self._count_replay(pack)
-            outputs = self._run_padded(pack, plans, pixels, use_graph=mode == "auto")
-        if len(plans) == 1:
+            outputs = self._run_padded(pack, pixels, use_graph=mode == "auto")
+        if len(pack.pieces) == 1:
             parts[pack.pieces[0].item].append((pack.pieces[0].first_frame, outputs))
             return
+        counts = [self.planner.counts(grid) for grid in pack.grids]
         split = [
-            output.split([plan.counts[spec.rows] for plan in plans], dim=1)
+            output.split([c[spec.rows] for c in counts], dim=1)
             for output, spec in zip(outputs, self.spec.outputs, strict=True)
         ]
         for piece, *own in zip(pack.pieces, *split, strict=True):
             parts[piece.item].append((piece.first_frame, tuple(own)))
 
-    def _run_padded(
-        self, pack: Pack, plans: Sequence[GridPlan], pixels: Sequence[PieceRows], use_graph: bool
-    ) -> Outputs:
+    def _run_padded(self, pack: Pack, pixels: Sequence[PieceRows], use_graph: bool) -> Outputs:
         assert pack.budget is not None
         buffers = self._static(pack.budget)
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         if stream is not None and self._last_run is not None and self._last_stream != stream:
             # Static buffers are shared: whatever stream the caller uses, a run follows the one before it.
             stream.wait_event(self._last_run)
-        grids = tuple(piece.grid for piece in pack.pieces)
-        self._fill(buffers, plans, pixels, stream, (pack.budget, grids))
+        self._fill_pack(buffers, pack, pixels, stream)
         if use_graph and self.device.type == "cuda" and self._has_graph(pack.budget):
             outputs = self._graphs[pack.budget].replay()
             self._stats.graph_replays += 1
         else:
-            inputs = self._uncaptured_inputs(buffers.inputs, plans)
+            inputs = self._uncaptured_inputs(buffers.inputs, pack.grids)
             outputs = copy_outputs(buffers.outputs, self._forward(inputs))
         # The next replay writes over this memory, so the caller gets a copy of the rows that are his.
         filled = zip(outputs, self.spec.outputs, strict=True)
@@ -289,12 +300,31 @@ class Engine:
         result = self.tower(inputs)
         return result if isinstance(result, tuple) else (result,)
 
-    def _run_exact(self, total: Counts, plans: Sequence[GridPlan], pixels: Sequence[PieceRows]) -> Outputs:
+    def _run_exact(self, total: Counts, grids: Sequence[Grid], pixels: Sequence[PieceRows]) -> Outputs:
         layout = MetadataLayout(self.spec, total, self._attention)
         arena = Arena(self.spec, total, layout.nbytes, self.device, self.dtype)
         buffers = StaticBuffers.create(self.spec, total, layout, arena)
-        self._fill(buffers, plans, pixels)
-        return self._forward(self._uncaptured_inputs(buffers.inputs, plans))
+        self._fill(buffers, [self._cache.get(grid) for grid in grids], pixels)
+        return self._forward(self._uncaptured_inputs(buffers.inputs, grids))
+
+    def _fill_pack(
+        self, buffers: StaticBuffers, pack: Pack, pixels: Sequence[PieceRows], stream: torch.cuda.Stream | None
+    ) -> None:
+        """Fills the static buffers of the pack's budget, its metadata from the device if it is kept there."""
+        key = pack.budget, pack.grids
+        kept = self._blocks.find(key)
+        if kept is None:
+            self._fill(buffers, [self._cache.get(grid) for grid in pack.grids], pixels, stream)
+            self._blocks.offer(key, buffers.block)
+            return
+        self._cache.count_hits(len(pack.grids))
+        copy_block(buffers.block, kept, stream)
+        if all(rows.device == self.device for rows in pixels):
+            copy_rows(buffers.inputs.pixel_values, pixels, None)
+            return
+        slot = buffers.arena.next_slot()
+        copy_rows(buffers.inputs.pixel_values, pixels, slot)
+        slot.record(stream)
 
     def _fill(
         self,
@@ -302,7 +332,6 @@ class Engine:
         plans: Sequence[GridPlan],
         pixels: Sequence[PieceRows],
         stream: torch.cuda.Stream | None = None,
-        key: Hashable = None,
     ) -> None:
         """One staged copy of all metadata, then the pixel rows, all in stream order.
 
@@ -310,23 +339,19 @@ class Engine:
             buffers: to fill.
             plans, pixels: of the pieces, in row order.
             stream: the current stream, or None to look it up.
-            key: names the pack's metadata among packs that come again; None for one that is not kept.
         """
-        arena, layout = buffers.arena, buffers.layout
-        slot = arena.next_slot()
-        if not self._blocks.restore(key, slot.bytes):
-            layout.write(slot.arrays(layout), plans)
-            self._blocks.keep(key, slot.bytes[: layout.nbytes], len(plans))
-        arena.block[: layout.nbytes].copy_(slot.block[: layout.nbytes], non_blocking=True)
+        slot = buffers.arena.next_slot()
+        buffers.layout.write(slot.arrays(buffers.layout), plans)
+        buffers.block.copy_(slot.block[: buffers.layout.nbytes], non_blocking=True)
         copy_rows(buffers.inputs.pixel_values, pixels, slot)
-        if slot.event is not None:
-            slot.event.record(stream)
+        slot.record(stream)
 
-    def _uncaptured_inputs(self, inputs: TowerBuffers, plans: Sequence[GridPlan]) -> TowerBuffers:
+    def _uncaptured_inputs(self, inputs: TowerBuffers, grids: Sequence[Grid]) -> TowerBuffers:
         """On the CPU the reference attention may use the host's segment lengths; nothing else changes."""
         if self.device.type == "cuda":
             return inputs
         lengths = {}
+        plans = [self._cache.peek(grid) for grid in grids]
         for segments in self.spec.segments:
             ends = [np.diff(plan.metadata[segments.name], prepend=0) for plan in plans]
             lengths[segments.name] = tuple(int(n) for n in np.concatenate(ends))

@@ -1,38 +1,49 @@
-"""Copying pixel rows into the static buffer: few copies, none of them from pageable memory."""
+"""Pixel rows into the static buffer, in one copy per run of adjacent pieces."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from vitgraph.engine.buffers import StagingSlot
 
 PieceRows = Tensor
-"""`[P_i, patch_width]` rows of one piece, a view of the caller's memory."""
+"""`[P_i, patch_width]` rows of one piece, or of several that follow each other, a view of the caller's memory."""
 
 
-def copy_rows(target: Tensor, pieces: Sequence[PieceRows], slot: StagingSlot) -> None:
+def copy_rows(target: Tensor, pieces: Sequence[PieceRows], slot: StagingSlot | None) -> None:
     """Copies pieces one after another into the first rows of `target`, casting to its dtype.
 
-    Rows on the target's device are copied directly, adjacent pieces in one copy. Host rows are cast into the pinned
-    slot's rows first and then sent in one asynchronous copy per run of host pieces.
+    Rows on the target's device are copied directly, adjacent pieces in one copy. Host rows are cast into the slot's
+    pinned rows; from there they go to rows of the slot on the device, on a stream of their own, so that the transfer
+    overlaps the replay before, and then in stream order into `target`.
 
     Args:
         target: `[P, patch_width]` on the device.
         pieces: in row order; together at most P rows.
-        slot: has room for them on the host, in the target's dtype.
+        slot: has room for them, in the target's dtype; None when no piece is on the host.
     """
     row = 0
     for run in _adjacent(pieces):
-        rows = len(run)
+        end = row + run.shape[0]
         if run.device == target.device:
-            target[row : row + rows].copy_(run, non_blocking=True)
+            target[row:end].copy_(run, non_blocking=True)
         else:
-            staged = slot.pixels[row : row + rows]
-            staged.copy_(run)
-            target[row : row + rows].copy_(staged, non_blocking=True)
-        row += rows
+            assert slot is not None, "rows on the host need a staging slot"
+            _send(target[row:end], run, slot, row)
+        row = end
+
+
+def _send(target: Tensor, run: Tensor, slot: StagingSlot, row: int) -> None:
+    staged = slot.pixels[row : row + run.shape[0]]
+    staged.copy_(run)
+    landed = slot.landing[row : row + run.shape[0]]
+    with torch.cuda.stream(slot.copies):
+        landed.copy_(staged, non_blocking=True)
+    torch.cuda.current_stream(target.device).wait_stream(slot.copies)
+    target.copy_(landed, non_blocking=True)
 
 
 def _adjacent(pieces: Sequence[PieceRows]) -> list[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from threading import Lock
 from typing import NamedTuple
 
@@ -58,6 +58,15 @@ class MetadataCache:
             self.misses += 1
         return self._add(grid)
 
+    def peek(self, grid: Grid) -> GridPlan:
+        """As `get`, but counts neither as hit nor as miss."""
+        return self._entries.get(grid) or self._add(grid)
+
+    def count_hits(self, lookups: int) -> None:
+        """Counts lookups that a finished block of several grids made needless."""
+        with self._lock:
+            self.hits += lookups
+
     def warm(self, grids: Iterable[Grid]) -> None:
         """Computes the entries of these grids ahead of their first use; counts neither as hit nor as miss."""
         for grid in grids:
@@ -73,35 +82,3 @@ class MetadataCache:
             while len(self._entries) > self._size:
                 self._entries.popitem(last=False)
         return entry
-
-
-class BlockCache:
-    """Finished metadata blocks of packs with few items, which come again where images have usual sizes.
-
-    Args:
-        most_items: packs of more items are not kept: they hardly repeat.
-        most_bytes: host memory of all kept blocks.
-    """
-
-    def __init__(self, most_items: int = 4, most_bytes: int = 64 << 20) -> None:
-        self._most_items, self._most_bytes = most_items, most_bytes
-        self._blocks: OrderedDict[Hashable, np.ndarray] = OrderedDict()
-        self._bytes = 0
-
-    def restore(self, key: Hashable, block: np.ndarray) -> bool:
-        """Copies the kept bytes to the front of `block`; False when there are none."""
-        kept = self._blocks.get(key)
-        if kept is None:
-            return False
-        self._blocks.move_to_end(key)
-        block[: len(kept)] = kept
-        return True
-
-    def keep(self, key: Hashable, block: np.ndarray, items: int) -> None:
-        """Keeps a copy of `block` under `key`; the least recently used ones make room. None is not kept."""
-        if key is None or items > self._most_items or block.nbytes > self._most_bytes:
-            return
-        self._blocks[key] = block.copy()
-        self._bytes += block.nbytes
-        while self._bytes > self._most_bytes:
-            self._bytes -= self._blocks.popitem(last=False)[1].nbytes

@@ -93,6 +93,10 @@ class Planner:
             self._plans.move_to_end(key)
         return list(packs)
 
+    def counts(self, grid: Grid) -> Counts:
+        """Rows of each kind that one item fills."""
+        return self._sized(grid).counts
+
     def predicted(self, packs: Iterable[Pack]) -> float:
         """Predicted time of these packs, in the model's unit; infinite when one runs eager and eager was not timed."""
         return sum(self._predicted(pack) for pack in packs)
