@@ -253,8 +253,7 @@ class Engine:
             mode: see `Mode`.
             parts: per item, filled.
         """
-        together = isinstance(rows, Tensor)
-        pixels = [rows] if together else [piece_rows(rows[piece.item], piece) for piece in pack.pieces]
+        pixels = _pixels_of(pack, rows)
         self._stats.packs += 1
         if pack.budget is None or mode == "eager":
             if mode != "eager":
@@ -458,6 +457,12 @@ class Engine:
         self._stats.items += items
         whole = {piece.item for pack in packs for piece in pack.pieces if piece.first_frame > 0}
         self._stats.split_items += len(whole)
+
+
+def _pixels_of(pack: Pack, rows: Tensor | Sequence[Tensor]) -> list[PieceRows]:
+    if isinstance(rows, Tensor):
+        return [rows]
+    return [piece_rows(rows[piece.item], piece) for piece in pack.pieces]
 
 
 def piece_rows(rows: Tensor, piece: Piece) -> PieceRows:
