@@ -1,0 +1,240 @@
+"""The generic backend: a vision module of Transformers that vitgraph does not know runs its own forward in graphs."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import fields
+from threading import RLock
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitgraph.attention.select import select_attention
+from vitgraph.config import EncoderConfig
+from vitgraph.core import Grid
+from vitgraph.engine.engine import Engine, Progress
+from vitgraph.engine.stats import Stats
+from vitgraph.errors import ConfigError, PatchError, UnsupportedModuleError
+from vitgraph.integrations.transformers.backend import Backend
+from vitgraph.integrations.transformers.module_tower import CallForm, ModuleTower, PixelForm
+from vitgraph.integrations.transformers.probe_grids import first_parameter, grid_tower
+from vitgraph.integrations.transformers.probe_tiles import tile_settings, tile_tower
+from vitgraph.integrations.transformers.verify import Place
+from vitgraph.integrations.transformers.watch import WeightWatch, replaced_forward
+from vitgraph.integrations.transformers.weights import place_of
+
+logger = logging.getLogger("vitgraph")
+
+VISUAL = {"image", "video"}
+GRID = "grid_thw"
+TILES = ("pixel_values", "pixel_values_videos")
+MOST_FORMS = 4
+"""Forms of call (size of the pictures, states asked for) that hold graphs; the least recently used one goes."""
+
+UNREAD = frozenset({"return_dict", "use_cache", "past_key_values", "cache_position", "logits_to_keep"})
+"""Arguments of a language model that come along and that no vision tower reads."""
+
+
+def is_vision_module(module: nn.Module) -> bool:
+    """Whether this looks like a vision tower of Transformers: a model that takes nothing but pixels, and no text."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(module, PreTrainedModel) or getattr(module.config, "text_config", None) is not None:
+        return False
+    takes_pixels = GRID in _parameters(module) or first_parameter(module) in TILES
+    modalities = getattr(module, "input_modalities", None) or ()
+    modalities = {modalities} if isinstance(modalities, str) else set(modalities)
+    seeing = modalities <= VISUAL or "vision" in type(module.config).__name__.lower()
+    return takes_pixels and (seeing or module.main_input_name in TILES) and "input_ids" not in _parameters(module)
+
+
+def generic_backend(module: nn.Module, config: EncoderConfig) -> Backend:
+    """The generic backend of a vision module.
+
+    Its forward is run on a few small examples, to find its metadata, its outputs and whether a graph can hold it.
+
+    Raises:
+        UnsupportedModuleError: it cannot be captured; the message says why, and in which line.
+        ConfigError: a setting that the module's device or dtype cannot meet.
+    """
+    if not is_vision_module(module):
+        raise UnsupportedModuleError("it is no vision module of Transformers that takes patch rows or pictures")
+    if config.compile:
+        raise UnsupportedModuleError("compile=True compiles vitgraph's own towers, not a module of Transformers")
+    return GenericBackend(module, config)
+
+
+class GenericBackend:
+    """See `Backend`. Holds one engine per form of call.
+
+    Args:
+        module: whose class's forward is captured, on the module's own weights.
+        config: see `EncoderConfig`.
+    """
+
+    kind = "generic"
+    records = ("output_hidden_states",)
+    copied_bytes = 0
+
+    def __init__(self, module: nn.Module, config: EncoderConfig) -> None:
+        self._module, self._config = module, config
+        self._lock = RLock()
+        self._pixels, self._grid = first_parameter(module), GRID if GRID in _parameters(module) else ""
+        self._engines: OrderedDict[CallForm, Engine] = OrderedDict()
+        self._refused: dict[CallForm, str] = {}
+        self._released = False
+        self._watch = WeightWatch(module)
+        self._inner = [child for child in module.modules() if child is not module]
+        engine = self._make(None)
+        self._batched = self._tower(engine).call.form.batched
+        self._add(engine)
+
+    @property
+    def stats(self) -> Stats:
+        """Counters of the forms of call that are held, added up."""
+        with self._lock:
+            return _sum([engine.stats for engine in self._engines.values()])
+
+    @property
+    def tower(self) -> ModuleTower:
+        """The tower of the form of call that was used last."""
+        return self._tower(next(reversed(self._engines.values())))
+
+    def refuse(self, arguments: Mapping[str, Any]) -> str:
+        """As `Backend` says; the first call of a new form runs examples, which wait for the device."""
+        if self._released:
+            return "the backend was released"
+        form = self._form(arguments)
+        if isinstance(form, str):
+            return form
+        with self._lock:
+            self._follow()
+            replaced = replaced_forward(self._inner)
+            if replaced:
+                return f"{replaced} inside the module has a forward of its own"
+            if form not in self._engines and form not in self._refused:
+                self._try(form)
+            return self._refused.get(form, "")
+
+    def run(self, arguments: Mapping[str, Any]) -> Any:
+        form = self._form(arguments)
+        assert isinstance(form, CallForm), "run() follows refuse()"
+        # Static buffers outlive the caller's inference mode, in which no tensor that does may be made.
+        with torch.inference_mode(False), torch.no_grad(), self._lock:
+            engine = self._engines[form]
+            self._engines.move_to_end(form)
+            rows, grids = self._split(arguments, form, engine)
+            return self._tower(engine).build(engine.run(rows, grids))
+
+    def capture(self, progress: Progress | None = None) -> None:
+        with self._lock, torch.inference_mode(False):
+            for engine in self._engines.values():
+                engine.capture(progress)
+
+    def release(self) -> None:
+        with self._lock:
+            self._forget()
+            self._released = True
+
+    def _split(self, arguments: Mapping[str, Any], form: CallForm, engine: Engine) -> tuple[list[Tensor], list[Grid]]:
+        pixels: Tensor = arguments[self._pixels]
+        rows = pixels.reshape(-1, form.form.width)
+        if not self._grid:
+            return [rows], [Grid(len(rows), 1, 1)]
+        # Grids on the device are read back here. Transformers' own forward reads them, too.
+        grids = [Grid(*grid) for grid in arguments[self._grid].tolist()]
+        for grid in grids:
+            engine.spec.check_grid(grid)
+        sizes = [grid.patches for grid in grids]
+        if sum(sizes) != len(rows):
+            raise PatchError(f"{len(rows)} rows for grids of {sum(sizes)} patches")
+        return list(rows.split(sizes)), grids
+
+    def _form(self, arguments: Mapping[str, Any]) -> CallForm | str:
+        """The form of a call, or why it must run the module's own forward."""
+        pixels = arguments.get(self._pixels)
+        if not isinstance(pixels, Tensor) or not pixels.is_floating_point() or pixels.dim() < 2 or not pixels.numel():
+            return f"{self._pixels} is no tensor of pictures in floating point"
+        batched = False
+        if self._grid:
+            grids = arguments.get(self._grid)
+            if not isinstance(grids, Tensor) or grids.dim() != 2 or grids.shape[1] != 3 or not len(grids):
+                return f"{self._grid} is no tensor of sizes [items, 3]"
+            batched = pixels.dim() > 2 and pixels.shape[0] == 1 and self._batched
+        constants = []
+        for name, value in arguments.items():
+            if value is None or value is False or name in (self._pixels, self._grid) or name in UNREAD:
+                continue
+            value = tuple(value) if isinstance(value, list) else value
+            if not isinstance(value, (bool, int, str, tuple)):
+                return f"argument {name!r} is given"
+            constants.append((name, value))
+        return CallForm(self._pixels, self._grid, PixelForm.of(pixels, batched), tuple(sorted(constants)))
+
+    # -- engines -----------------------------------------------------------------------------------------------
+
+    def _make(self, form: CallForm | None) -> Engine:
+        device, dtype = place_of(self._module)
+        attention = select_attention(self._config.attention, device, dtype)
+        place = Place(device, dtype)
+        with torch.inference_mode(False), torch.no_grad():
+            if self._grid:
+                tower: ModuleTower = grid_tower(self._module, form, place, attention)
+                return Engine(tower.eval(), device, dtype, self._config, attention)
+            tiles = tile_tower(self._module, form, place, attention)
+            config = tile_settings(self._config, tiles.tokens_per_tile)
+            return Engine(tiles.eval(), device, dtype, config, attention)
+
+    def _try(self, form: CallForm) -> None:
+        try:
+            self._add(self._make(form))
+        except (UnsupportedModuleError, ConfigError) as error:
+            self._refused[form] = str(error)
+
+    def _add(self, engine: Engine) -> None:
+        self._engines[self._tower(engine).call] = engine
+        while len(self._engines) > MOST_FORMS:
+            form, oldest = self._engines.popitem(last=False)
+            logger.warning("graphs of %s are given up: more than %d forms of call", form, MOST_FORMS)
+            oldest.release()
+
+    def _follow(self) -> None:
+        """Starts anew when weights moved: graphs hold their addresses."""
+        if self._watch.moved():
+            self._forget()
+            self._watch = WeightWatch(self._module)
+            self._inner = [child for child in self._module.modules() if child is not self._module]
+
+    def _forget(self) -> None:
+        for engine in self._engines.values():
+            engine.release()
+        self._engines.clear()
+        self._refused.clear()
+
+    @staticmethod
+    def _tower(engine: Engine) -> ModuleTower:
+        assert isinstance(engine.tower, ModuleTower)
+        return engine.tower
+
+
+def _parameters(module: nn.Module) -> list[str]:
+    return list(inspect.signature(type(module).forward).parameters)
+
+
+def _sum(parts: list[Stats]) -> Stats:
+    """Counters added up, reason by reason."""
+    total = Stats()
+    for part in parts:
+        for f in fields(Stats):
+            value = getattr(part, f.name)
+            if isinstance(value, dict):
+                own = getattr(total, f.name)
+                for reason, n in value.items():
+                    own[reason] = own.get(reason, 0) + n
+            else:
+                setattr(total, f.name, getattr(total, f.name) + value)
+    return total

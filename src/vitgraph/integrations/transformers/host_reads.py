@@ -1,0 +1,120 @@
+"""Finding on any device what a CUDA graph cannot hold: values read by the host, shapes made from values, copies."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vitgraph.errors import UnsupportedModuleError
+
+SHAPE_FROM_VALUES = {
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::_unique2",
+    "aten::unique_dim",
+    "aten::unique_consecutive",
+    "aten::bincount",
+    "aten::allclose",
+    "aten::equal",
+}
+READS = {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero"}
+MASK_INDEXED = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
+HOST_CALLS = {"tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__array__"}
+MADE_ON_HOST = {"tensor", "as_tensor", "from_numpy"}
+LIBRARIES = ("/torch/", "/vitgraph/", "/numpy/")
+
+
+class UnreadGrid(Tensor):
+    """Stands in for an argument that a captured forward must not read: any use of it raises.
+
+    A graph replays for other items than those it was captured with, so nothing may depend on their sizes.
+    """
+
+    @staticmethod
+    def __new__(cls, name: str) -> UnreadGrid:
+        grid = torch.zeros(1, 3, dtype=torch.int64).as_subclass(cls)
+        grid.__dict__["argument"] = name
+        return grid
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", str(func))
+        raise UnsupportedModuleError(f"it reads the sizes of its items ({_read_as(func, name)}) {where()}")
+
+
+@contextmanager
+def refuse_host_reads() -> Iterator[None]:
+    """Within it, whatever a capture would refuse raises `UnsupportedModuleError` with the line that does it."""
+    with _FunctionCheck(), _OperatorCheck():
+        yield
+
+
+def where(error: Exception | None = None) -> str:
+    """The innermost line that is neither torch's nor ours, of an error or else of the running stack, as
+    "in function (file:line): text"."""
+    frames = traceback.extract_tb(error.__traceback__) if error else traceback.extract_stack()
+    for frame in reversed(frames):
+        path = frame.filename.replace("\\", "/")
+        if not any(part in path for part in LIBRARIES):
+            return f"in {frame.name} ({path.rsplit('/', 1)[-1]}:{frame.lineno}): {frame.line}"
+    return "in code without source"
+
+
+class _FunctionCheck(TorchFunctionMode):
+    """Sees calls that never reach an operator on the CPU, and values that the host would copy to the device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in HOST_CALLS and not _is_host_constant(args):
+            raise UnsupportedModuleError(f"it reads a value back from the device ({name}) {where()}")
+        if name in MADE_ON_HOST and kwargs.get("device") is not None and not isinstance(args[0], Tensor):
+            raise UnsupportedModuleError(f"it copies a value from the host ({name}) {where()}")
+        return func(*args, **kwargs)
+
+
+def _is_host_constant(args: Any) -> bool:
+    """`SegmentOffsets` answers some reads itself, from what the host knows."""
+    return getattr(args[0], "step", None) == "longest"
+
+
+class _OperatorCheck(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name
+        reason = _refused(name, args, kwargs)
+        if reason:
+            raise UnsupportedModuleError(f"{reason} ({name.removeprefix('aten::')}) {where()}")
+        return func(*args, **kwargs)
+
+
+def _refused(name: str, args: Any, kwargs: Any) -> str:
+    if name in READS:
+        return "it reads a value back from the device"
+    if name in SHAPE_FROM_VALUES:
+        return "it makes a shape from values on the device"
+    if name == "aten::repeat_interleave" and kwargs.get("output_size") is None:
+        return "it makes a shape from values on the device"
+    if name in MASK_INDEXED and any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1]):
+        return "it makes a shape from values on the device: a mask as an index"
+    return "it copies between host and device" if _crosses(name, args, kwargs) else ""
+
+
+def _crosses(name: str, args: Any, kwargs: Any) -> bool:
+    if not args:
+        return False
+    source = args[0]
+    if name == "aten::_to_copy" and kwargs.get("device") is not None:
+        return torch.device(kwargs["device"]).type != source.device.type
+    return name == "aten::copy_" and args[1].device.type != source.device.type
+
+
+def _read_as(func: Any, name: str) -> str:
+    return "shape" if name == "__get__" and "shape" in repr(func) else name.strip("_")

@@ -1,0 +1,148 @@
+"""The tensors inside what a vision module returns: where their rows lie, and how to put the whole together again.
+
+An engine's output is `[levels, rows, width]`; a module's may be any nest of classes, tuples and lists of tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from torch import Tensor
+
+from vitgraph.core import Counts
+from vitgraph.errors import UnsupportedModuleError
+from vitgraph.models.contract import OutputSpec
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One tensor of an output.
+
+    Attributes:
+        name: its path, as "deepstack_features[0]".
+        rows: what its rows count.
+        before, after: its shape before and after the axis of rows.
+        each: entries of that axis per row (a class row and its patches may share an axis with the images).
+    """
+
+    name: str
+    rows: str
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    each: int = 1
+
+    @property
+    def spec(self) -> OutputSpec:
+        return OutputSpec(self.name, self.rows, prod(self.after) * self.each, prod(self.before))
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        """From the module's shape to `[levels, rows, width]`."""
+        return tensor.reshape(prod(self.before), -1, prod(self.after) * self.each)
+
+    def unpack(self, output: Tensor) -> Tensor:
+        """From `[levels, rows, width]` to the module's shape."""
+        return output.reshape(*self.before, -1, *self.after)
+
+
+class OutputForm:
+    """The form of an output: how to flatten one, and how to build one.
+
+    Args:
+        example: an output of the module.
+    """
+
+    def __init__(self, example: Any) -> None:
+        found: dict[str, Tensor] = {}
+        self._tree = _describe(example, "", found)
+        # One tensor under two names (a pooler that is the last state) is copied once.
+        same: dict[tuple[Any, ...], str] = {}
+        self._alias = {name: same.setdefault(_memory(tensor), name) for name, tensor in found.items()}
+        self.names = tuple(same.values())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, OutputForm) and (self._tree, self._alias) == (other._tree, other._alias)
+
+    def __hash__(self) -> int:
+        return hash(self.names)
+
+    def flatten(self, output: Any) -> list[Tensor]:
+        """The tensors of an output of this form, in the order of `names`.
+
+        Raises:
+            UnsupportedModuleError: the output has another form.
+        """
+        found: dict[str, Tensor] = {}
+        if _describe(output, "", found) != self._tree:
+            raise UnsupportedModuleError("what it returns has a form that changes with its items")
+        return [found[name] for name in self.names]
+
+    def build(self, tensors: Sequence[Tensor]) -> Any:
+        """An output of this form from its tensors."""
+        by_name = dict(zip(self.names, tensors, strict=True))
+        return _rebuild(self._tree, lambda name: by_name[self._alias[name]])
+
+
+def find_leaves(form: OutputForm, outputs: Sequence[Any], totals: Sequence[Counts]) -> tuple[Leaf, ...]:
+    """Where the rows of every tensor lie.
+
+    Args:
+        form: of the outputs.
+        outputs: of the module, for packs of different sizes.
+        totals: rows of each kind in these packs.
+
+    Raises:
+        UnsupportedModuleError: a tensor has no axis that grows with the items, or more than one.
+    """
+    columns = zip(*(form.flatten(output) for output in outputs), strict=True)
+    return tuple(_find_leaf(name, tensors, totals) for name, tensors in zip(form.names, columns, strict=True))
+
+
+def _find_leaf(name: str, tensors: Sequence[Tensor], totals: Sequence[Counts]) -> Leaf:
+    shapes = [tuple(tensor.shape) for tensor in tensors]
+    axes = [i for i, sizes in enumerate(zip(*shapes, strict=False)) if len(set(sizes)) > 1]
+    if len({len(shape) for shape in shapes}) > 1 or len(axes) != 1:
+        listed = " and ".join(str(list(shape)) for shape in shapes)
+        raise UnsupportedModuleError(f"its output {name} has shapes {listed}; expected one axis that grows with items")
+    axis = axes[0]
+    sizes = [shape[axis] for shape in shapes]
+    for kind in totals[0]:
+        each = sizes[0] // max(totals[0][kind], 1)
+        if each and all(size == each * total[kind] for size, total in zip(sizes, totals, strict=True)):
+            return Leaf(name, kind, shapes[0][:axis], shapes[0][axis + 1 :], each)
+    raise UnsupportedModuleError(f"its output {name} has {sizes} rows for items with {[dict(t) for t in totals]}")
+
+
+def _memory(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
+def _describe(value: Any, path: str, found: dict[str, Tensor]) -> Any:
+    """A comparable description of a nest; tensors are entered into `found` and described by their path."""
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            raise UnsupportedModuleError(f"its output {path or 'tensor'} is {value.dtype}; expected floating point")
+        found[path or "output"] = value
+        return ("tensor", path or "output")
+    if value is None:
+        return None
+    if isinstance(value, Mapping):
+        fields = tuple((key, _describe(v, f"{path}.{key}".lstrip("."), found)) for key, v in value.items())
+        return ("fields", type(value), fields)
+    if isinstance(value, (tuple, list)):
+        return ("items", type(value), tuple(_describe(v, f"{path}[{i}]", found) for i, v in enumerate(value)))
+    raise UnsupportedModuleError(f"its output {path} is a {type(value).__name__}; expected tensors")
+
+
+def _rebuild(tree: Any, tensor: Callable[[str], Tensor]) -> Any:
+    if tree is None:
+        return None
+    what, *rest = tree
+    if what == "tensor":
+        return tensor(rest[0])
+    kind, children = rest
+    if what == "fields":
+        return kind(**{key: _rebuild(child, tensor) for key, child in children})
+    return kind(_rebuild(child, tensor) for child in children)

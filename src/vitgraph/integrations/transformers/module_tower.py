@@ -1,0 +1,179 @@
+"""Towers whose forward is that of a Transformers module, on static buffers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vitgraph.attention.base import VarlenAttention
+from vitgraph.core import Counts, Grid
+from vitgraph.integrations.transformers.attention_function import carry
+from vitgraph.integrations.transformers.host_reads import UnreadGrid
+from vitgraph.integrations.transformers.leaves import Leaf, OutputForm
+from vitgraph.integrations.transformers.metadata_rules import ModuleSpec, item_arrays
+from vitgraph.integrations.transformers.recorder import RecordedCall
+from vitgraph.models.contract import Tower, TowerBuffers, TowerSpec
+
+KEPT_LENGTHS = 65536
+
+
+@dataclass(frozen=True)
+class PixelForm:
+    """Shape of what a module takes as pixels.
+
+    Attributes:
+        trailing: shape of one row: a flattened patch, a patch, or a tile.
+        batched: whether an axis of length one stands before the rows.
+    """
+
+    trailing: tuple[int, ...]
+    batched: bool = False
+
+    @classmethod
+    def of(cls, pixels: Tensor, batched: bool) -> PixelForm:
+        """The form of an input."""
+        return cls(tuple(pixels.shape[2 if batched else 1 :]), batched)
+
+    @property
+    def width(self) -> int:
+        return int(np.prod(self.trailing))
+
+    def shape(self, rows: Tensor) -> Tensor:
+        """`[P, width]` as the module takes it."""
+        pixels = rows.view(rows.shape[0], *self.trailing)
+        return pixels.unsqueeze(0) if self.batched else pixels
+
+
+@dataclass(frozen=True)
+class CallForm:
+    """How a module is called, apart from sizes.
+
+    Attributes:
+        pixels, grid: names of the parameters; `grid` is empty for tiles.
+        form: of the pixels.
+        constants: further arguments by name.
+    """
+
+    pixels: str
+    grid: str
+    form: PixelForm
+    constants: tuple[tuple[str, Any], ...] = ()
+
+    def arguments(self, rows: Tensor, grid: Tensor | None) -> dict[str, Any]:
+        """Keyword arguments of the module's forward for pixel rows `[P, width]`."""
+        given = {self.pixels: self.form.shape(rows), **dict(self.constants)}
+        return {**given, self.grid: grid} if self.grid else given
+
+
+class ModuleTower(Tower):
+    """A shadow of the module; its weights stay the module's own and are not registered here.
+
+    Args:
+        twin: shadow of the module.
+        call: how it is called.
+        form, leaves: of its output.
+    """
+
+    def __init__(self, twin: nn.Module, call: CallForm, form: OutputForm, leaves: Sequence[Leaf]) -> None:
+        super().__init__()
+        # In a tuple, so that nn.Module does not take it for a submodule.
+        self._twin = (twin,)
+        self.call, self.form, self.leaves = call, form, tuple(leaves)
+
+    def _outputs(self, arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        tensors = self.form.flatten(self._twin[0](**arguments))
+        return tuple(leaf.pack(tensor) for leaf, tensor in zip(self.leaves, tensors, strict=True))
+
+    def build(self, outputs: Sequence[Sequence[Tensor]]) -> Any:
+        """The module's output from the engine's outputs of all items, in order."""
+        columns = zip(*outputs, strict=True)
+        joined = [column[0] if len(column) == 1 else torch.cat(column, dim=1) for column in columns]
+        return self.form.build([leaf.unpack(x) for leaf, x in zip(self.leaves, joined, strict=True)])
+
+
+class GridTower(ModuleTower):
+    """A module on packed patch rows, whose metadata comes in through keywords.
+
+    Args:
+        twin, call, form, leaves: see `ModuleTower`.
+        spec: without `lengths`.
+        calls: its metadata functions.
+        attention: backend of its attention function.
+        integers: keywords that the module's functions give as int64.
+    """
+
+    spec: ModuleSpec
+
+    def __init__(
+        self,
+        twin: nn.Module,
+        call: CallForm,
+        form: OutputForm,
+        leaves: Sequence[Leaf],
+        spec: ModuleSpec,
+        calls: Sequence[RecordedCall],
+        attention: VarlenAttention,
+    ) -> None:
+        super().__init__(twin, call, form, leaves)
+        self.spec, self._calls, self._attention = spec, tuple(calls), attention
+        self._unread = UnreadGrid(call.grid)
+
+    def metadata(self, grid: Grid) -> dict[str, np.ndarray]:
+        arrays = item_arrays(self._calls, [grid])
+        return {buffer.name: arrays[buffer.name] for buffer in self.spec.buffers}
+
+    def forward(self, buffers: TowerBuffers) -> tuple[Tensor, ...]:
+        return self._outputs(self.arguments(buffers))
+
+    def arguments(self, buffers: TowerBuffers) -> dict[str, Any]:
+        """What the module's forward gets: indexes in int64, as its own functions make them, offsets with segments."""
+        given: dict[str, Any] = self.call.arguments(buffers.pixel_values, self._unread)
+        for buffer in self.spec.buffers:
+            tensor = buffers.metadata[buffer.name]
+            if buffer.name in buffers.segments:
+                given[buffer.name] = carry(tensor, buffers.segments[buffer.name], self._attention)
+            else:
+                given[buffer.name] = tensor.long() if buffer.dtype == "int32" else tensor
+        return given
+
+
+def segment_counter(calls: Sequence[RecordedCall], names: Mapping[str, str]) -> Any:
+    """A function from a grid to the number of its segments, by kind.
+
+    Args:
+        calls: metadata functions.
+        names: kind by keyword of the offsets.
+    """
+
+    @lru_cache(maxsize=KEPT_LENGTHS)
+    def lengths(grid: Grid) -> Counts:
+        arrays = item_arrays(calls, [grid])
+        return {kind: len(arrays[name]) for name, kind in names.items()}
+
+    return lengths
+
+
+class TileTower(ModuleTower):
+    """A module on pictures of one size, each a row: `[N, ...]` in, `[N, ...]` out."""
+
+    def __init__(self, twin: nn.Module, call: CallForm, form: OutputForm, leaves: Sequence[Leaf], spec: TowerSpec):
+        super().__init__(twin, call, form, leaves)
+        self.spec = spec
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Rows that a picture has in the first output."""
+        return self.leaves[0].each * math.prod(self.leaves[0].after[:-1])
+
+    def metadata(self, grid: Grid) -> dict[str, np.ndarray]:
+        return {}
+
+    def forward(self, buffers: TowerBuffers) -> tuple[Tensor, ...]:
+        return self._outputs(self.call.arguments(buffers.pixel_values, None))
