@@ -76,7 +76,7 @@ class GridCall(Call):
         grids = [Grid(*grid) for grid in arguments["grid_thw"].tolist()]
         for grid in grids:
             self.spec.check_grid(grid)
-        rows = _rows(arguments).reshape(-1, self.spec.patch_width)
+        rows: Tensor = _rows(arguments).reshape(-1, self.spec.patch_width)
         sizes = [grid.patches for grid in grids]
         if sum(sizes) != len(rows):
             raise PatchError(f"{len(rows)} rows for grids of {sum(sizes)} patches")
@@ -84,7 +84,7 @@ class GridCall(Call):
 
     def join(self, outputs: Sequence[Outputs], arguments: Mapping[str, Any]) -> Any:
         tokens, hidden = _join(outputs, 0), _join(outputs, 1)
-        fields = {"last_hidden_state": hidden[0], "pooler_output": tokens[0]}
+        fields: dict[str, Any] = {"last_hidden_state": hidden[0], "pooler_output": tokens[0]}
         if "deepstack_features" in self.output.__dataclass_fields__:  # type: ignore[attr-defined]
             fields["deepstack_features"] = list(tokens[1:].unbind())
         return self.output(**fields)

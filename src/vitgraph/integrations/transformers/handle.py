@@ -104,7 +104,8 @@ class Acceleration:
         """A table of the modules, then the reasons of every fallback."""
         if not self.modules:
             return "not accelerated"
-        rows, notes = [HEAD], []
+        rows: list[tuple[str, ...]] = [HEAD]
+        notes: list[str] = []
         for name, r in self.modules.items():
             megabytes = (f"{n / 1e6:.1f}" for n in (r.stats.graph_bytes, r.stats.static_bytes, r.copied_bytes))
             counts = (str(n) for n in (r.calls, sum(r.fallbacks.values()), r.stats.captured_graphs))

@@ -59,6 +59,7 @@ class NativeBackend:
         self._engine: Engine | None = None
         self._weights: TowerWeights | None = None
         self._broken = ""
+        self.copied_bytes = 0
         self._build()
 
     @property
@@ -70,10 +71,6 @@ class NativeBackend:
     def records(self) -> tuple[str, ...]:
         """See `AcceleratedForward`."""
         return self._call.records
-
-    @property
-    def copied_bytes(self) -> int:
-        return self._weights.copied_bytes if self._weights else 0
 
     def refuse(self, arguments: Mapping[str, Any]) -> str:
         with self._lock:
@@ -103,6 +100,7 @@ class NativeBackend:
             if self._engine:
                 self._engine.release()
             self._engine = self._weights = None
+            self.copied_bytes = 0
             self._broken = "the backend was released"
 
     def _follow(self) -> None:
@@ -122,19 +120,21 @@ class NativeBackend:
     def _build(self) -> None:
         device, dtype = place_of(self._module)
         attention = select_attention(self._config.attention, device, dtype)
-        vision_config = self._module.config.to_dict()
+        module: Any = self._module
+        vision_config = module.config.to_dict()
         difference = self._row.differs(vision_config)
         if difference:
             raise UnsupportedModuleError(difference)
         try:
             with torch.device("meta"):
                 tower, family, parsed = self._row.build(vision_config, attention)
-        except (ConfigError, KeyError, TypeError) as error:
+        except (ConfigError, KeyError, TypeError, ValueError) as error:
             raise UnsupportedModuleError(f"its config is not one that the tower reads: {error}") from error
         with torch.inference_mode(False):
             inner = getattr(tower, "inner", tower)
             self._weights = bind(inner, self._module, family.layouts(parsed))
+            self.copied_bytes = self._weights.copied_bytes
             self._engine = Engine(tower.eval(), device, dtype, self._config, attention)
         output = getattr(sys.modules[type(self._module).__module__], self._row.output)
-        self._call: Call = CALLS[self._row.call](tower.spec, output, self._module.config)
+        self._call: Call = CALLS[self._row.call](tower.spec, output, module.config)
         self._broken = ""
