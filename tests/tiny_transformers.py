@@ -160,15 +160,7 @@ MODELS = {
     "kimi_k25": TinyModel(
         "kimi_k25", "Kimi_K25", "kimi_k25", DEEPSEEK, KIMI_VISION, "", {"projection_hidden_size": 64}
     ),
-    "internvl": TinyModel(
-        "internvl",
-        "InternVL",
-        "internvl",
-        {"model_type": "qwen2", **TEXT},
-        INTERNVL_VISION,
-        "",
-        {"downsample_ratio": 0.5},
-    ),
+    "internvl": TinyModel("internvl", "InternVL", "internvl", {"model_type": "qwen2", **TEXT}, INTERNVL_VISION, ""),
 }
 NAMES = list(MODELS)
 Grids = Sequence[tuple[int, int, int]]

@@ -182,8 +182,7 @@ def test_half_precision_is_as_near_to_fp32_as_the_reference(case, dtype: torch.d
 
 
 def test_a_subclass_is_not_taken_for_the_class(case) -> None:
-    name, model = case
-    tower = vision_module(model)
+    tower = vision_module(case[1])
     plain = type(tower)
     assert native_family(tower) is not None
     try:

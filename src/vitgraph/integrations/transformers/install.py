@@ -103,7 +103,7 @@ def accelerated(model: Model, config: EncoderConfig | None = None, backend: str 
 
 
 def acceleration(model: nn.Module) -> Acceleration:
-    """What `accelerate` did to a model: backends, counters, fallbacks, memory; empty for a model that was left alone."""
+    """What `accelerate` did to a model: backends, counters, fallbacks, memory. Empty without an acceleration."""
     forwards, unchanged = {}, {}
     for name, module in model.named_modules():
         forward = installed(module)

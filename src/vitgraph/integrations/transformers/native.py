@@ -14,7 +14,7 @@ from vitgraph.attention.select import select_attention
 from vitgraph.config import EncoderConfig
 from vitgraph.engine.engine import Engine, Progress
 from vitgraph.engine.stats import Stats
-from vitgraph.errors import ConfigError, UnsupportedModuleError
+from vitgraph.errors import ConfigError, EngineReleasedError, UnsupportedModuleError
 from vitgraph.integrations.transformers.backend import Backend
 from vitgraph.integrations.transformers.calls import CALLS, Call
 from vitgraph.integrations.transformers.native_families import NativeFamily, native_family, native_names
@@ -85,9 +85,11 @@ class NativeBackend:
     def run(self, arguments: Mapping[str, Any]) -> Any:
         # Static buffers outlive the caller's inference mode, in which no tensor that does may be made.
         with torch.inference_mode(False), torch.no_grad():
-            rows, grids = self._call.split(arguments)
-            assert self._engine is not None, "run() follows refuse()"
-            return self._call.join(self._engine.run(rows, grids), arguments)
+            engine, call = self._engine, self._call
+            if engine is None:
+                raise EngineReleasedError("the model was restored; call vitgraph.accelerate again.")
+            rows, grids = call.split(arguments)
+            return call.join(engine.run(rows, grids), arguments)
 
     def capture(self, progress: Progress | None = None) -> None:
         with self._lock, torch.inference_mode(False):
