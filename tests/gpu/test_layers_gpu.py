@@ -61,12 +61,14 @@ def test_gelu_epilogue_is_the_tanh_form() -> None:
 @pytest.mark.parametrize("mlp", [lambda: Mlp(128, 208), lambda: GatedMlp(128, 208, bias=True)], ids=["mlp", "gated"])
 @pytest.mark.parametrize("norm", [nn.LayerNorm, RMSNorm])
 @pytest.mark.parametrize("bias", [True, False])
-def test_fused_block_equals_the_plain_one(norm, mlp, bias: bool) -> None:
+@pytest.mark.parametrize("layer_scale", [None, 128], ids=["plain", "layer scale"])
+def test_fused_block_equals_the_plain_one(norm, mlp, bias: bool, layer_scale: int | None) -> None:
     def mix(q, k, v, segments, scale):
         return v - q * 0.1 + k * 0.2
 
     attn = Attention(128, 4, mix, qkv_bias=bias, proj_bias=bias)
-    block = Block(lambda: norm(128, eps=1e-6), attn, mlp()).cuda().to(torch.bfloat16).requires_grad_(False)
+    block = Block(lambda: norm(128, eps=1e-6), attn, mlp(), layer_scale)
+    block = block.cuda().to(torch.bfloat16).requires_grad_(False)
     randomise(block, 1)
     x = torch.randn(70, 128, device="cuda", dtype=torch.bfloat16)
     angles = torch.randn(70, 16, device="cuda")

@@ -5,14 +5,19 @@ The same cases run compiled in tests/gpu.
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from attention_cases import CASES, check, make_qkv, make_segments
 from vitgraph.attention.sdpa import SdpaAttention
+from vitgraph.layers.block import Attention, Block
+from vitgraph.layers.mlp import GatedMlp, Mlp
 from vitgraph.layers.norm import RMSNorm
 from vitgraph.layers.rotary import apply_rotary
+from vitgraph.models.weights import randomise
 
 pytest.importorskip("triton")
 pytestmark = [
@@ -97,19 +102,34 @@ def test_rotary_equals_its_plain_form(heads: int, head_dim: int) -> None:
 
 @pytest.mark.parametrize("dim", [64, 72, 1152, 3200])
 @pytest.mark.parametrize("rms", [False, True])
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_norm_equals_torch(dim: int, rms: bool, with_bias: bool) -> None:
+@pytest.mark.parametrize("with_bias, with_scale", [(False, False), (True, False), (False, True)])
+def test_norm_equals_torch(dim: int, rms: bool, with_bias: bool, with_scale: bool) -> None:
     from vitgraph.layers.norm_triton import add_norm, norm
 
     x, delta = torch.randn(5, dim) * 3 + 1, torch.randn(5, dim)
     weight, norm_bias = torch.randn(dim), None if rms else torch.randn(dim)
     bias = torch.randn(dim) if with_bias else None
+    scale = torch.randn(dim) if with_scale else None
     plain = RMSNorm(dim, 1e-6) if rms else torch.nn.LayerNorm(dim, eps=1e-6)
     with torch.no_grad():
         plain.weight.copy_(weight)
         if norm_bias is not None:
             plain.bias.copy_(norm_bias)
         torch.testing.assert_close(norm(x, weight, norm_bias, 1e-6), plain(x), rtol=1e-4, atol=1e-4)
-        y, residual = add_norm(x, delta, weight, norm_bias, 1e-6, bias)
-        torch.testing.assert_close(y, plain(x + delta), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(residual, x + delta + (0 if bias is None else bias))
+        y, residual = add_norm(x, delta, weight, norm_bias, 1e-6, bias, scale)
+        total = x + delta * (1 if scale is None else scale)
+        torch.testing.assert_close(y, plain(total), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(residual, total + (0 if bias is None else bias))
+
+
+@pytest.mark.parametrize("layer_scale", [None, 64], ids=["plain", "layer scale"])
+@pytest.mark.parametrize("mlp", [lambda: Mlp(64, 96), lambda: GatedMlp(64, 96, bias=True)], ids=["mlp", "gated"])
+def test_fused_block_equals_the_plain_one(mlp, layer_scale: int | None) -> None:
+    def mix(q, k, v, segments, scale):
+        return v - q * 0.1 + k * 0.2
+
+    block = Block(partial(torch.nn.LayerNorm, 64), Attention(64, 4, mix), mlp(), layer_scale).requires_grad_(False)
+    randomise(block, 1)
+    x, angles = torch.randn(9, 64), torch.randn(9, 8)
+    rotary = angles.cos(), angles.sin()
+    torch.testing.assert_close(block._forward_fused(x, rotary, None), block(x, rotary, None), rtol=1e-4, atol=1e-4)

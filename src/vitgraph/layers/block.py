@@ -86,7 +86,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rotary: Rotary | None, segments: Segments) -> Tensor:
         """`x [P, D]` -> `[P, D]`."""
-        if self.scale1 is None and fuses_residual(x, self.norm1):
+        if fuses_residual(x, self.norm1):
             return self._forward_fused(x, rotary, segments)
         y = self.attn(self.norm1(x), rotary, segments)
         x = x + (y if self.scale1 is None else self.scale1 * y)
@@ -98,5 +98,9 @@ class Block(nn.Module):
         the last GEMM, and that GEMM adds its product: two roundings of the residual, as in the plain form."""
         y = self.attn(fused_norm(x, self.norm1), rotary, segments)
         down = self.mlp.down
-        y, x = add_norm(x, y, self.norm2, down.bias)
+        if self.scale2 is not None:
+            # The factors lie between product and residual, so that GEMM cannot add them up.
+            y, x = add_norm(x, y, self.norm2, None, self.scale1)
+            return torch.addcmul(x, self.scale2, down(self.mlp.up(y)))
+        y, x = add_norm(x, y, self.norm2, down.bias, self.scale1)
         return torch.addmm(x, self.mlp.up(y), down.weight.t())

@@ -1,7 +1,7 @@
 """Norm of a residual stream in one Triton kernel: add a sublayer's output, normalise, prepare the next residual.
 
-Per row, in fp32: `total = x + delta`; the first result is `norm(total)`, the second `total + bias`, each rounded once.
-With the bias of the block's last GEMM in the second result, that GEMM adds product and residual in one write.
+Per row, in fp32: `total = x + scale * delta`; the first result is `norm(total)`, the second `total + bias`, each rounded
+once. With the bias of the block's last GEMM in the second result, that GEMM adds product and residual in one write.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ def _norm_kernel(
     weight_ptr,
     norm_bias_ptr,
     bias_ptr,
+    scale_ptr,
     y_ptr,
     residual_ptr,
     eps,
@@ -27,6 +28,7 @@ def _norm_kernel(
     RMS: tl.constexpr,
     DELTA: tl.constexpr,
     BIAS: tl.constexpr,
+    SCALE: tl.constexpr,
 ):
     """One program normalises one row."""
     row = tl.program_id(0).to(tl.int64)
@@ -35,7 +37,10 @@ def _norm_kernel(
     dtype = y_ptr.dtype.element_ty
     x = tl.load(x_ptr + row * DIM + cols, mask=mask, other=0.0).to(tl.float32)
     if DELTA:
-        x += tl.load(delta_ptr + row * DIM + cols, mask=mask, other=0.0).to(tl.float32)
+        delta = tl.load(delta_ptr + row * DIM + cols, mask=mask, other=0.0).to(tl.float32)
+        if SCALE:
+            delta *= tl.load(scale_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+        x += delta
         residual = x
         if BIAS:
             residual += tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
@@ -55,23 +60,29 @@ def _norm_kernel(
 def norm(x: Tensor, weight: Tensor, norm_bias: Tensor | None, eps: float) -> Tensor:
     """`norm(x)`: `x [P, D]` contiguous, `weight`, `norm_bias [D]`; without a bias it is RMSNorm."""
     y = torch.empty_like(x)
-    _launch(x, None, weight, norm_bias, None, y, None, eps)
+    _launch(x, None, weight, norm_bias, None, None, y, None, eps)
     return y
 
 
 def add_norm(
-    x: Tensor, delta: Tensor, weight: Tensor, norm_bias: Tensor | None, eps: float, bias: Tensor | None
+    x: Tensor,
+    delta: Tensor,
+    weight: Tensor,
+    norm_bias: Tensor | None,
+    eps: float,
+    bias: Tensor | None,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`norm(x + delta)` and `x + delta + bias`.
+    """`norm(x + scale * delta)` and `x + scale * delta + bias`.
 
     Args:
         x, delta: `[P, D]`, contiguous.
         weight, norm_bias: `[D]` of the norm; without a bias it is RMSNorm.
         eps: of the norm.
-        bias: `[D]`, or None for none.
+        bias, scale: `[D]`, or None for none.
     """
     y, residual = torch.empty_like(x), torch.empty_like(x)
-    _launch(x, delta, weight, norm_bias, bias, y, residual, eps)
+    _launch(x, delta, weight, norm_bias, bias, scale, y, residual, eps)
     return y, residual
 
 
@@ -81,6 +92,7 @@ def _launch(
     weight: Tensor,
     norm_bias: Tensor | None,
     bias: Tensor | None,
+    scale: Tensor | None,
     y: Tensor,
     residual: Tensor | None,
     eps: float,
@@ -93,6 +105,7 @@ def _launch(
         weight,
         weight if norm_bias is None else norm_bias,
         weight if bias is None else bias,
+        weight if scale is None else scale,
         y,
         y if residual is None else residual,
         eps,
@@ -101,5 +114,6 @@ def _launch(
         RMS=norm_bias is None,
         DELTA=delta is not None,
         BIAS=bias is not None,
+        SCALE=scale is not None,
         num_warps=1 if dim <= 2048 else 4,
     )

@@ -58,12 +58,14 @@ def fused_norm(x: Tensor, norm: nn.Module) -> Tensor:
     return norm_triton.norm(x, norm.weight, _bias(norm), norm.eps)
 
 
-def add_norm(x: Tensor, delta: Tensor, norm: nn.Module, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`norm(x + delta)` and `x + delta + bias` in one kernel, where `fuses_residual` says so."""
+def add_norm(
+    x: Tensor, delta: Tensor, norm: nn.Module, bias: Tensor | None, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`norm(x + scale * delta)` and `x + scale * delta + bias` in one kernel, where `fuses_residual` says so."""
     from vitgraph.layers import norm_triton
 
     assert isinstance(norm, (nn.LayerNorm, RMSNorm))
-    return norm_triton.add_norm(x, delta, norm.weight, _bias(norm), norm.eps, bias)
+    return norm_triton.add_norm(x, delta, norm.weight, _bias(norm), norm.eps, bias, scale)
 
 
 def _bias(norm: nn.LayerNorm | RMSNorm) -> Tensor | None:
