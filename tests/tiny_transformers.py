@@ -170,8 +170,8 @@ CLIPS: Grids = [(2, 4, 2), (2, 2, 6)]
 
 def vision_module(model: nn.Module) -> nn.Module:
     """The module that is accelerated."""
-    inner = getattr(model, "model", model)
-    return getattr(inner, "visual", None) or inner.vision_tower
+    found = {name.rpartition(".")[2]: module for name, module in model.named_modules()}
+    return found["visual"] if "visual" in found else found["vision_tower"]
 
 
 def width_of(name: str) -> int:
