@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -143,7 +142,7 @@ def _discoveries(backend: str) -> list[Callable[[nn.Module], bool]]:
         from vitgraph.integrations.transformers.native import is_native_module
 
         knows.append(is_native_module)
-    if backend != "native" and find_spec("vitgraph.integrations.transformers.generic"):
+    if backend != "native":
         from vitgraph.integrations.transformers.generic import is_vision_module
 
         knows.append(is_vision_module)
