@@ -10,60 +10,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-import torch
+from measuring import call_times, replay_time
 
 from vitgraph import EncoderConfig, VisionEncoder
 from vitgraph.bench.geometries import geometry
 from vitgraph.bench.report import environment
 from vitgraph.bench.workloads import parse_workload, random_patches
-from vitgraph.core import Pack
 
 MIXED = "1x14x14+11x20x20+6x28x28+8x42x42+6x64x64"
 WORKLOADS = ("1x14x14", "1x20x20", "1x28x28", "1x42x42", "1x64x64", "1x84x84", "8x20x20", "20x20x20", MIXED)
-RUNS, WARMUP = 30, 5
-
-
-def call_times(call: Callable[[], object]) -> tuple[float, float]:
-    """Median wall clock and host time of one call, milliseconds."""
-    walls, hosts = [], []
-    for run in range(WARMUP + RUNS):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        call()
-        returned = time.perf_counter()
-        torch.cuda.synchronize()
-        if run >= WARMUP:
-            walls.append((time.perf_counter() - start) * 1e3)
-            hosts.append((returned - start) * 1e3)
-    return statistics.median(walls), statistics.median(hosts)
-
-
-def device_time(call: Callable[[], object]) -> float:
-    """Median time between events around one call, milliseconds."""
-    times = []
-    for run in range(WARMUP + RUNS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        if run >= WARMUP:
-            times.append(start.elapsed_time(end))
-    return statistics.median(times)
-
-
-def replay_time(encoder: VisionEncoder, pack: Pack) -> float:
-    """Device time of the pack's graph alone. The pack runs once before: a graph reads what the last call staged."""
-    grids = [piece.grid for piece in pack.pieces]
-    rows = sum(grid.patches for grid in grids)
-    pixels = torch.randn(rows, encoder.spec.patch_width, device=encoder.device, dtype=encoder.dtype)
-    encoder.encode_patches(pixels, grids)
-    return device_time(encoder.engine.captured(pack.budget).graph.replay)
 
 
 def anatomy(encoder: VisionEncoder, text: str) -> dict[str, object]:
@@ -74,7 +32,7 @@ def anatomy(encoder: VisionEncoder, text: str) -> dict[str, object]:
     packs = [pack for pack in encoder.plan(workload.grids) if pack.budget is not None]
     tokens = sum(pack.counts["token"] for pack in packs)
     budgets = [encoder.budgets[pack.budget].tokens for pack in packs]
-    replay = sum(replay_time(encoder, pack) for pack in packs)
+    replay = replay_time(encoder, workload.grids)
     return {
         "workload": text,
         "call_ms": call,

@@ -80,6 +80,78 @@ def _kimi_vl() -> Json:
     return {"model_type": "kimi_vl", "text_config": {"hidden_size": 2048}, "vision_config": vision}
 
 
+def _qwen3_5() -> Json:
+    vision = {**_qwen3_vl(True, 4096)["vision_config"], "model_type": "qwen3_5", "deepstack_visual_indexes": []}
+    return {"model_type": "qwen3_5", "vision_config": vision}
+
+
+def _qwen3_omni() -> Json:
+    vision = {**_qwen3_vl(True, 2048)["vision_config"], "model_type": "qwen3_omni_moe_vision_encoder"}
+    return {"model_type": "qwen3_omni_moe", "thinker_config": {"vision_config": vision}}
+
+
+def _kimi_k25() -> Json:
+    vision = {
+        "vt_hidden_size": 1152,
+        "vt_intermediate_size": 4304,
+        "vt_num_attention_heads": 16,
+        "vt_num_hidden_layers": 27,
+        "init_pos_emb_height": 64,
+        "init_pos_emb_width": 64,
+        "init_pos_emb_time": 4,
+        "mm_hidden_size": 1152,
+        "text_hidden_size": 7168,
+        "patch_size": 14,
+        "merge_kernel_size": [2, 2],
+    }
+    return {"model_type": "kimi_k25", "text_config": {"hidden_size": 7168}, "vision_config": vision}
+
+
+def _glm4v(model_type: str, merger: int) -> Json:
+    vision = {
+        "model_type": model_type,
+        "depth": 24,
+        "hidden_size": 1536,
+        "intermediate_size": merger,
+        "num_heads": 12,
+        "image_size": 336,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "out_hidden_size": 4096,
+    }
+    return {"model_type": model_type, "vision_config": vision}
+
+
+def _glm_ocr() -> Json:
+    sizes = {"hidden_size": 1024, "num_heads": 16, "intermediate_size": 4096, "out_hidden_size": 1536}
+    vision = {**_glm4v("glm_ocr", 0)["vision_config"], **sizes, "model_type": "glm_ocr_vision"}
+    return {"model_type": "glm_ocr", "vision_config": vision}
+
+
+def _internvl(large: bool, width: int) -> Json:
+    depth, hidden, mlp, heads = (45, 3200, 12800, 25) if large else (24, 1024, 4096, 16)
+    vision = {
+        "architectures": ["InternVisionModel"],
+        "hidden_act": "gelu",
+        "hidden_size": hidden,
+        "image_size": 448,
+        "intermediate_size": mlp,
+        "layer_norm_eps": 1e-6,
+        "model_type": "intern_vit_6b",
+        "norm_type": "rms_norm" if large else "layer_norm",
+        "num_attention_heads": heads,
+        "num_channels": 3,
+        "num_hidden_layers": depth,
+        "patch_size": 14,
+        "qk_normalization": large,
+        "qkv_bias": not large,
+    }
+    settings = {"downsample_ratio": 0.5, "force_image_size": 448, "ps_version": "v2", "select_layer": -1}
+    llm = {"llm_config": {"hidden_size": width}, "vision_config": vision}
+    return {"model_type": "internvl_chat", **settings, **llm}
+
+
 GEOMETRIES: dict[str, Callable[[], Json]] = {
     "qwen2-vl-2b": partial(_qwen2_vl, 1536),
     "qwen2-vl-7b": partial(_qwen2_vl, 3584),
@@ -94,7 +166,15 @@ GEOMETRIES: dict[str, Callable[[], Json]] = {
     "qwen3-vl-32b": partial(_qwen3_vl, True, 5120),
     "qwen3-vl-30b-a3b": partial(_qwen3_vl, True, 2048),
     "qwen3-vl-235b-a22b": partial(_qwen3_vl, True, 4096),
+    "qwen3.5-9b": _qwen3_5,
+    "qwen3-omni-30b-a3b": _qwen3_omni,
     "kimi-vl-a3b": _kimi_vl,
+    "kimi-k2.5": _kimi_k25,
+    "glm-4.1v-9b": partial(_glm4v, "glm4v", 13696),
+    "glm-4.5v": partial(_glm4v, "glm4v_moe", 10944),
+    "glm-ocr": _glm_ocr,
+    "internvl3-8b": partial(_internvl, False, 3584),
+    "internvl3-38b": partial(_internvl, True, 5120),
 }
 """Name -> config.json of the published model, cut down to what shapes the tower."""
 

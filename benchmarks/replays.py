@@ -1,0 +1,95 @@
+"""Replay time by size, with the utilisation of the GPU, and where the time goes.
+
+    python benchmarks/replays.py [--geometry qwen3-vl-8b] [--profile yes] [--json FILE]
+
+Needs a CUDA device. Each number of patches as one image and as eight equal images, in a budget of exactly that size.
+`MFU` is model FLOPs (without padding) over time and over the measured matmul ceiling. With --profile, kernel times by
+class, per layer. Random weights and pixels.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+
+from measuring import arguments, device_time, make_encoder, matmul_ceiling, tower_flops, write_report
+from torch.profiler import ProfilerActivity, profile
+
+from vitgraph import VisionEncoder
+from vitgraph.core import Grid
+from vitgraph.layers.block import Attention
+
+ONE = {256: (16, 16), 1024: (32, 32), 2304: (48, 48), 4096: (64, 64), 8192: (64, 128), 16384: (128, 128)}
+"""Patches -> grid of one image."""
+
+EIGHT = {256: (4, 8), 1024: (8, 16), 2304: (16, 18), 4096: (16, 32), 8192: (32, 32), 16384: (32, 64)}
+"""Patches -> grid of each of eight images."""
+
+CLASSES = {
+    "attention": r"varlen|flash|attention",
+    "gemm": r"gemm|nvjet|cutlass|cublas|xmma|sm90_",
+    "norm": r"norm",
+    "rotary": r"rotate",
+    "copy": r"memcpy|memset|copy",
+}
+"""Kernel class -> what its kernels' names hold; the first match wins, the rest is 'other'."""
+
+
+def kernel_class(name: str) -> str:
+    """The class of a kernel."""
+    return next((kind for kind, pattern in CLASSES.items() if re.search(pattern, name, re.IGNORECASE)), "other")
+
+
+def kernel_times(encoder: VisionEncoder, budget: int, runs: int = 5) -> dict[str, float]:
+    """Microseconds of one replay by class of kernel."""
+    replay = encoder.engine.captured(budget).replay
+    replay()
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        for _ in range(runs):
+            replay()
+    times: dict[str, float] = defaultdict(float)
+    for event in trace.key_averages():
+        times[kernel_class(event.key)] += event.self_device_time_total / runs
+    return dict(times)
+
+
+def measure(encoder: VisionEncoder, grids: list[Grid], ceiling: float, profiled: bool) -> dict[str, object]:
+    """One cell of the table."""
+    (pack,) = encoder.engine.planner.plan(grids, eager=False)
+    assert pack.budget is not None
+    encoder.engine.stage(pack.budget, grids)
+    time_ms = device_time(encoder.engine.captured(pack.budget).replay)
+    linear, attention = tower_flops(encoder, grids)
+    result: dict[str, object] = {
+        "patches": pack.counts["patch"],
+        "images": len(grids),
+        "ms": time_ms,
+        "tflop": (linear + attention) / 1e12,
+        "mfu": (linear + attention) / time_ms / 1e9 / ceiling,
+    }
+    if profiled:
+        result["kernels_us"] = kernel_times(encoder, pack.budget)
+    return result
+
+
+def main() -> None:
+    chosen = arguments(__doc__, geometry="qwen3-vl-8b", profile="no")
+    budgets = tuple(patches // 4 for patches in ONE)
+    ceiling = matmul_ceiling()
+    print(f"matmul ceiling {ceiling:.0f} TFLOP/s")
+    rows = []
+    with make_encoder(chosen.geometry, budgets=budgets, measure=False) as encoder:
+        encoder.capture(progress=False)
+        layers = sum(isinstance(module, Attention) for module in encoder.tower.modules())
+        for patches in ONE:
+            for grids in ([Grid(1, *ONE[patches])], [Grid(1, *EIGHT[patches])] * 8):
+                cell = measure(encoder, grids, ceiling, chosen.profile == "yes")
+                rows.append(cell)
+                kernels = cell.get("kernels_us") or {}
+                detail = "  ".join(f"{kind} {us / layers:.1f}" for kind, us in kernels.items())  # type: ignore[attr-defined]
+                print(f"{patches:6} / {len(grids)}  {cell['ms']:8.2f} ms  MFU {cell['mfu']:.2f}  {detail}", flush=True)
+    write_report(chosen.json, rows, geometry=chosen.geometry, matmul_tflops=ceiling, layers=layers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Each technique of the fast path, and how to do without it: for measuring what it brings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from types import ModuleType
+from typing import Any
+from unittest.mock import patch
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitgraph import VisionEncoder
+from vitgraph.attention import triton_varlen
+from vitgraph.engine.blocks import BlockCache
+from vitgraph.layers import block, mlp, overlap
+from vitgraph.layers.rotary import apply_rotary
+
+POWERS_OF_TWO = (64, 128, 256, 512, 1024, 2048, 4096)
+
+
+def _gelu_after_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+
+
+PATCHES: dict[str, tuple[ModuleType, str, Any]] = {
+    "TMA loads": (triton_varlen, "has_tma", lambda _device: False),
+    "fused norm and residual": (block, "fuses_residual", lambda _x, _norm: False),
+    "rotary kernel": (block, "rotate_qk", apply_rotary),
+    "GELU epilogue": (mlp, "linear_gelu_tanh", _gelu_after_linear),
+    "side stream": (overlap, "MOST_ROWS", 0),
+}
+"""Technique -> what stands in for it."""
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "graph": {"graph": False},
+    "Triton attention": {"attention": "varlen"},
+    "fine ladder": {"budgets": POWERS_OF_TWO, "measure": False},
+}
+"""Technique -> settings of an encoder without it."""
+
+KEPT_METADATA = "metadata on the device"
+ORDER = ("graph", "Triton attention", "TMA loads", "fused norm and residual", "rotary kernel", "GELU epilogue",
+         "side stream", "fine ladder", KEPT_METADATA)  # fmt: skip
+"""As a waterfall adds them."""
+
+
+@contextmanager
+def encoder_without(missing: Sequence[str], make: Callable[..., VisionEncoder]) -> Iterator[VisionEncoder]:
+    """An encoder that lacks these techniques, captured unless it lacks the graph; freed at the end.
+
+    Args:
+        missing: names of ORDER.
+        make: makes an encoder from settings.
+    """
+    settings: dict[str, Any] = {}
+    with ExitStack() as stack:
+        for name in missing:
+            settings |= SETTINGS.get(name, {})
+            if name in PATCHES:
+                module, attribute, stand_in = PATCHES[name]
+                stack.enter_context(patch.object(module, attribute, stand_in))
+        encoder = stack.enter_context(make(**settings))
+        if KEPT_METADATA in missing:
+            encoder.engine._blocks = BlockCache(0)
+        if encoder.config.graph:
+            encoder.capture(progress=False)
+        yield encoder

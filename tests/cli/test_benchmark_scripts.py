@@ -1,0 +1,79 @@
+"""The scripts under benchmarks/ need a GPU to run; here: that they load, and what they compute without one."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vitgraph import EncoderConfig, VisionEncoder
+from vitgraph.core import Grid
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py"))
+
+
+@pytest.fixture(autouse=True)
+def _on_the_path(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    # A kernel's module decides at its import whether Triton interprets it.
+    pytest.importorskip("triton")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_explain_themselves(name: str, monkeypatch, capsys) -> None:
+    module = importlib.import_module(name)
+    assert module.__doc__
+    if not hasattr(module, "main"):
+        return
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        module.main()
+    assert stop.value.code == 0
+    assert f"python benchmarks/{name}.py" in capsys.readouterr().out
+
+
+def test_a_tower_without_its_techniques_computes_the_same() -> None:
+    techniques = importlib.import_module("techniques")
+    assert {*techniques.PATCHES, *techniques.SETTINGS, techniques.KEPT_METADATA} == set(techniques.ORDER)
+
+    def make(**settings) -> VisionEncoder:
+        settings.pop("attention", None)
+        return VisionEncoder.from_config("qwen3_vl", device="cpu", config=EncoderConfig(**settings))
+
+    grids = [(1, 8, 8), (1, 4, 6)]
+    with make() as whole:
+        x = torch.randn(88, whole.spec.patch_width)
+        want = whole.encode_patches(x, grids)
+    with techniques.encoder_without(techniques.ORDER, make) as plain:
+        got = plain.encode_patches(x, grids)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.tokens, b.tokens, rtol=1e-4, atol=1e-5)
+
+
+def test_online_requests_are_the_stated_mix() -> None:
+    online = importlib.import_module("online")
+    batches = online.requests()
+    assert len(batches) == 400
+    assert {len(grids) for grids in batches} == {1, 2, 3, 4}
+    sides = [grid.h for grids in batches for grid in grids]
+    assert set(sides) == {14, 20, 28, 42, 64}
+    assert sides.count(20) / len(sides) == pytest.approx(0.3, abs=0.05)
+    encoder = VisionEncoder.from_config("qwen3_vl", device="cpu", config=EncoderConfig(budgets=(256, 1024)))
+    packs = online.GreedyPlanner(encoder.spec, encoder.budgets).plan([Grid(1, 42, 42), Grid(1, 14, 14)] * 3)
+    assert sorted(piece.item for pack in packs for piece in pack.pieces) == list(range(6))
+    assert all(pack.budget is not None for pack in packs)
+
+
+def test_flops_of_the_tower_as_counted_by_hand() -> None:
+    measuring = importlib.import_module("measuring")
+    encoder = VisionEncoder.from_config("qwen3_vl", device="cpu")
+    linear, attention = measuring.tower_flops(encoder, [Grid(1, 8, 8)])
+    dim, mlp, out, layers, taps = 64, 112, 48, 3, 2
+    per_row = encoder.spec.patch_width * dim + layers * (4 * dim * dim + 2 * dim * mlp)
+    per_token = (1 + taps) * (4 * dim * 4 * dim + 4 * dim * out)
+    assert linear == 2 * (64 * per_row + 16 * per_token)
+    assert attention == layers * 4 * 64**2 * dim
