@@ -241,6 +241,7 @@ def _environment() -> dict[str, str]:
         ("encode_images.py", ["cat.jpg", "tokens [", "5 images in"]),
         ("encode_patches.py", ["grid_thw [[", "image positions", "largest difference from eager: "]),
         ("mixed_batch.py", ["ImageError", "clip over coffee", "BatchError for item [2]; 4 results"]),
+        ("transformers_generate.py", ["random weights", "the same: True", "native", "restored: not accelerated"]),
         ("settings.py", ["'budgets': (64, 256, 1024)", "-> budget", "larger than the largest budget", "unknown"]),
     ],
 )
