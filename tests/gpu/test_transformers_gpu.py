@@ -1,0 +1,204 @@
+"""On a GPU: Transformers models before and after `vitgraph.accelerate`, with graphs."""
+
+from __future__ import annotations
+
+import gc
+import random
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import vitgraph
+from tiny_transformers import CLIPS, IMAGES, MODELS, NAMES, Grids, generate, prompt, tower_inputs, vision_module
+from vitgraph import EncoderConfig
+from vitgraph.integrations.transformers.handle import ModuleReport
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+CONFIG = EncoderConfig(budgets=(8, 16, 32, 64, 128), lazy=True, lazy_after=2)
+ROOM = 1 << 20
+"""Bytes that the allocator may hold more or less between two looks at it."""
+
+
+def on_gpu(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {k: v.to("cuda", dtype if v.is_floating_point() else None) for k, v in inputs.items()}
+
+
+def make(name: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    return MODELS[name].make(dtype=dtype).cuda()
+
+
+def report_of(model: nn.Module) -> ModuleReport:
+    (report,) = vitgraph.acceleration(model).modules.values()
+    return report
+
+
+def features(output: object) -> Tensor:
+    pooled = output.pooler_output if output.pooler_output is not None else output.last_hidden_state
+    return pooled.float()
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    assert got.shape == want.shape and got.isfinite().all()
+    return ((got - want).norm() / want.norm()).item()
+
+
+def prompts(name: str) -> list[dict[str, Tensor]]:
+    made = [prompt(name, IMAGES), prompt(name, IMAGES[:1])]
+    return [*made, prompt(name, clips=CLIPS)] if MODELS[name].video else made
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", NAMES)
+def test_features_are_as_near_to_fp32_as_the_modules_own(name: str, dtype: torch.dtype) -> None:
+    model, wide = make(name, dtype), make(name, torch.float32)
+    wide.load_state_dict(model.state_dict())
+    tower, exact = vision_module(model), vision_module(wide)
+    grids = list(CLIPS) if name == "kimi_k25" else IMAGES
+    inputs = on_gpu(tower_inputs(name, grids), dtype)
+    with torch.no_grad():
+        want = features(exact(**{k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}))
+        own = error(features(tower(**inputs)), want)
+        vitgraph.accelerate(model, CONFIG, backend="native")
+        runs = [features(tower(**inputs)) for _ in range(4)]
+    report = report_of(model)
+    assert not report.fallbacks and report.stats.captured_graphs >= 1 and report.stats.graph_replays >= 1
+    # The call that waited, the one that captured and those that replayed.
+    assert all(error(run, want) < 1.5 * own + 1e-3 for run in runs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bf16_generation_follows_the_same_logits(name: str) -> None:
+    """Greedy tokens are equal up to the first position at which the two best logits lie within rounding."""
+    model = make(name)
+    inputs = [on_gpu(one, torch.bfloat16) for one in prompts(name)]
+    settings = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    want = [model.generate(**one, **settings) for one in inputs]
+    vitgraph.accelerate(model, CONFIG, backend="native")
+    for _ in range(3):
+        for one, reference in zip(inputs, want, strict=True):
+            got = model.generate(**one, **settings)
+            start = one["input_ids"].shape[1]
+            for step, logits in enumerate(reference.logits):
+                assert error(got.logits[step].float(), logits.float()) < 0.1
+                a, b = (out.sequences[0, start + step].item() for out in (got, reference))
+                if a != b:
+                    gap = logits[0].float().max() - logits[0, a].float()
+                    assert gap < 0.1 * logits.float().std(), "another token although the logits are clear"
+                    break
+    report = report_of(model)
+    assert report.stats.graph_replays > 0 and not report.fallbacks
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "glm4v"])
+def test_fp32_generation_is_equal_token_by_token(name: str) -> None:
+    model = make(name, torch.float32)
+    inputs = [on_gpu(one, torch.float32) for one in prompts(name)]
+    want = [generate(model, one) for one in inputs]
+    vitgraph.accelerate(model, CONFIG, backend="native")
+    for _ in range(3):
+        assert [generate(model, one) for one in inputs] == want
+    assert not vitgraph.acceleration(model).fallbacks
+
+
+def random_grids(name: str, source: random.Random) -> Grids:
+    if name == "internvl":
+        return [(1, 4, 4)] * source.randint(1, 12)
+    return [(1, 2 * source.randint(1, 8), 2 * source.randint(1, 8)) for _ in range(source.randint(1, 4))]
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen2_5_vl", "internvl"])
+def test_a_thousand_calls_hold_no_more_memory_and_capture_nothing_anew(name: str) -> None:
+    model = vitgraph.accelerate(make(name), CONFIG, backend="native")
+    tower, source = vision_module(model), random.Random(0)
+    with torch.no_grad():
+        vitgraph.acceleration(model).capture(progress=False)
+        complete = report_of(model).stats
+        assert complete.captured_graphs == len(tower.forward.backend._engine.budgets)
+        held = 0
+        for call in range(1000):
+            features(tower(**on_gpu(tower_inputs(name, random_grids(name, source)), torch.bfloat16)))
+            if call == 100:
+                torch.cuda.synchronize()
+                gc.collect()
+                held = torch.cuda.memory_allocated()
+    torch.cuda.synchronize()
+    gc.collect()
+    assert abs(torch.cuda.memory_allocated() - held) < ROOM
+    stats = report_of(model).stats
+    assert (stats.captured_graphs, stats.capture_seconds) == (complete.captured_graphs, complete.capture_seconds)
+    assert (stats.graph_bytes, stats.static_bytes) == (complete.graph_bytes, report_of(model).stats.static_bytes)
+    assert report_of(model).calls == 1000 and not report_of(model).fallbacks
+
+
+def test_restore_gives_the_memory_back() -> None:
+    model = make("internvl")
+    inputs = on_gpu(tower_inputs("internvl", IMAGES), torch.bfloat16)
+    with torch.no_grad():
+        vision_module(model)(**inputs)
+        gc.collect()
+        before = torch.cuda.memory_allocated()
+        vitgraph.accelerate(model, CONFIG)
+        vitgraph.acceleration(model).capture(progress=False)
+        vision_module(model)(**inputs)
+    assert report_of(model).copied_bytes > 0
+    assert torch.cuda.memory_allocated() > before + report_of(model).copied_bytes
+    vitgraph.restore(model)
+    gc.collect()
+    assert abs(torch.cuda.memory_allocated() - before) < ROOM
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "internvl"])
+def test_graphs_see_weights_that_change_in_place(name: str) -> None:
+    model, other = make(name), MODELS[name].make(seed=1, dtype=torch.bfloat16).cuda()
+    tower, inputs = vision_module(model), on_gpu(tower_inputs(name, IMAGES), torch.bfloat16)
+    vitgraph.accelerate(model, CONFIG)
+    with torch.no_grad():
+        first = [features(tower(**inputs)) for _ in range(3)][-1]
+        captured = report_of(model).stats.captured_graphs
+        tower.load_state_dict(vision_module(other).state_dict())
+        second, want = features(tower(**inputs)), features(vision_module(other)(**inputs))
+    assert report_of(model).stats.captured_graphs == captured > 0
+    assert error(second, want) < 0.05 < error(first, want)
+
+
+def test_a_model_that_moves_gets_new_graphs() -> None:
+    model = vitgraph.accelerate(make("qwen3_vl"), CONFIG)
+    tower, inputs = vision_module(model), on_gpu(tower_inputs("qwen3_vl", IMAGES), torch.bfloat16)
+    with torch.no_grad():
+        want = [features(tower(**inputs)) for _ in range(3)][-1]
+        model.cpu()
+        model.cuda()
+        again = [features(tower(**inputs)) for _ in range(3)][-1]
+    assert error(again, want) < 0.02
+    assert report_of(model).stats.captured_graphs > 0 and not report_of(model).fallbacks
+
+
+def test_inside_a_callers_capture_the_own_forward_runs() -> None:
+    model = make("qwen3_vl")
+    tower = vision_module(model)
+    inputs = on_gpu(tower_inputs("qwen3_vl", IMAGES), torch.bfloat16)
+    vitgraph.accelerate(model, CONFIG)
+    forward = tower.forward
+    seen = []
+    forward.original = lambda **arguments: seen.append(arguments) or torch.zeros(1, device="cuda")
+    side = torch.cuda.Stream()
+    with torch.no_grad(), torch.cuda.stream(side), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=side):
+        tower(**inputs)
+    assert len(seen) == 1
+    assert list(vitgraph.acceleration(model).fallbacks) == ["the caller captures a CUDA graph"]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_tower_on_another_device_than_the_current_one() -> None:
+    model = MODELS["qwen3_vl"].make(dtype=torch.bfloat16).to("cuda:1")
+    tower = vision_module(model)
+    inputs = {k: v.to("cuda:1") for k, v in on_gpu(tower_inputs("qwen3_vl", IMAGES), torch.bfloat16).items()}
+    with torch.no_grad():
+        want = features(tower(**inputs))
+        vitgraph.accelerate(model, CONFIG)
+        for _ in range(3):
+            got = features(tower(**inputs))
+            assert got.device == torch.device("cuda:1") and error(got, want) < 0.02
+    assert report_of(model).stats.captured_graphs > 0
