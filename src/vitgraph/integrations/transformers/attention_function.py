@@ -8,6 +8,8 @@ Shapes: T rows, H heads, Dh head dim, S segments.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +20,10 @@ from vitgraph.errors import UnsupportedModuleError
 
 ATTENTION_NAME = "vitgraph_flash_varlen"
 """Contains "flash": towers then pass packed rows with offsets instead of splitting them on the host."""
+
+WHOLE_NAME = "vitgraph_whole_pictures"
+"""Torch's own attention without the mask that Transformers would build, for pictures without padding: to build it,
+Transformers reads the padding back."""
 
 NEUTRAL = (None, False, 0, 0.0)
 HEAD_STEP, LARGEST_HEAD = 8, 256
@@ -113,11 +119,25 @@ def no_mask(*args: Any, **kwargs: Any) -> None:
 
 def register() -> None:
     """Enters `attend` into Transformers' registries; doing it again changes nothing."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, attend)
     ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, no_mask)
+    ALL_ATTENTION_FUNCTIONS.register(WHOLE_NAME, sdpa_attention_forward)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(WHOLE_NAME, no_mask)
+
+
+def with_attention(name: str) -> Callable[[Any], Any]:
+    """A function that copies a config and asks for this attention. The setter would ask for it in its parts, too."""
+
+    def configure(config: Any) -> Any:
+        own = copy.copy(config)
+        own.__dict__["_attn_implementation_internal"] = name
+        return own
+
+    return configure
 
 
 def _asks(value: Any) -> bool:

@@ -20,7 +20,7 @@ from vitgraph.engine.engine import Engine, Progress
 from vitgraph.engine.stats import Stats
 from vitgraph.errors import ConfigError, PatchError, UnsupportedModuleError
 from vitgraph.integrations.transformers.backend import Backend
-from vitgraph.integrations.transformers.module_tower import CallForm, ModuleTower, PixelForm
+from vitgraph.integrations.transformers.module_tower import CallForm, FullMask, ModuleTower, PixelForm
 from vitgraph.integrations.transformers.probe_grids import first_parameter, grid_tower
 from vitgraph.integrations.transformers.probe_tiles import tile_settings, tile_tower
 from vitgraph.integrations.transformers.verify import Place
@@ -100,9 +100,9 @@ class GenericBackend:
             return _sum([engine.stats for engine in self._engines.values()])
 
     @property
-    def tower(self) -> ModuleTower:
-        """The tower of the form of call that was used last."""
-        return self._tower(next(reversed(self._engines.values())))
+    def engines(self) -> tuple[Engine, ...]:
+        """One per form of call, the one that was used last at the end."""
+        return tuple(self._engines.values())
 
     def refuse(self, arguments: Mapping[str, Any]) -> str:
         """As `Backend` says; the first call of a new form runs examples, which wait for the device."""
@@ -144,6 +144,9 @@ class GenericBackend:
         pixels: Tensor = arguments[self._pixels]
         rows = pixels.reshape(-1, form.form.width)
         if not self._grid:
+            # Read back here, as Transformers does to build the attention mask.
+            if not all(bool(arguments[k].all()) for k, v in form.constants if isinstance(v, FullMask)):
+                raise PatchError("a picture is padded: its mask is not true everywhere")
             return [rows], [Grid(len(rows), 1, 1)]
         # Grids on the device are read back here. Transformers' own forward reads them, too.
         grids = [Grid(*grid) for grid in arguments[self._grid].tolist()]
@@ -170,7 +173,9 @@ class GenericBackend:
             if value is None or value is False or name in (self._pixels, self._grid) or name in UNREAD:
                 continue
             value = tuple(value) if isinstance(value, list) else value
-            if not isinstance(value, (bool, int, str, tuple)):
+            if isinstance(value, Tensor) and value.dtype == torch.bool and not self._grid and len(value) == len(pixels):
+                value = FullMask(tuple(value.shape[1:]))
+            if not isinstance(value, (bool, int, str, tuple, FullMask)):
                 return f"argument {name!r} is given"
             constants.append((name, value))
         return CallForm(self._pixels, self._grid, PixelForm.of(pixels, batched), tuple(sorted(constants)))

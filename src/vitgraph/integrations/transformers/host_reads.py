@@ -32,7 +32,8 @@ LIBRARIES = ("/torch/", "/vitgraph/", "/numpy/")
 
 
 class UnreadGrid(Tensor):
-    """Stands in for an argument that a captured forward must not read: any use of it raises.
+    """Stands in for an argument that a captured forward must not read: any use of it raises, except taking a part of
+    it, which stands in for that part.
 
     A graph replays for other items than those it was captured with, so nothing may depend on their sizes.
     """
@@ -46,6 +47,8 @@ class UnreadGrid(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", str(func))
+        if name == "__getitem__" and type(args[0]) is cls:
+            return args[0]
         raise UnsupportedModuleError(f"it reads the sizes of its items ({_read_as(func, name)}) {where()}")
 
 

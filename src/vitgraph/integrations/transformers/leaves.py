@@ -5,6 +5,7 @@ An engine's output is `[levels, rows, width]`; a module's may be any nest of cla
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -57,16 +58,14 @@ class OutputForm:
     def __init__(self, example: Any) -> None:
         found: dict[str, Tensor] = {}
         self._tree = _describe(example, "", found)
-        # One tensor under two names (a pooler that is the last state) is copied once.
-        same: dict[tuple[Any, ...], str] = {}
-        self._alias = {name: same.setdefault(_memory(tensor), name) for name, tensor in found.items()}
-        self.names = tuple(same.values())
+        # What lies in another tensor (a pooler that is the last state, or its first row) is not copied again.
+        self._within = {name: place for name, tensor in found.items() if (place := _within(name, tensor, found))}
+        self.names = tuple(name for name in found if name not in self._within)
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, OutputForm) and (self._tree, self._alias) == (other._tree, other._alias)
-
-    def __hash__(self) -> int:
-        return hash(self.names)
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Names of the output's own fields that hold tensors."""
+        return tuple(dict.fromkeys(re.split(r"[.\[]", name)[0] for name in (*self.names, *self._within)))
 
     def flatten(self, output: Any) -> list[Tensor]:
         """The tensors of an output of this form, in the order of `names`.
@@ -82,7 +81,9 @@ class OutputForm:
     def build(self, tensors: Sequence[Tensor]) -> Any:
         """An output of this form from its tensors."""
         by_name = dict(zip(self.names, tensors, strict=True))
-        return _rebuild(self._tree, lambda name: by_name[self._alias[name]])
+        for name, (whole, axis) in self._within.items():
+            by_name[name] = by_name[whole] if axis is None else by_name[whole].select(axis, 0)
+        return _rebuild(self._tree, by_name.__getitem__)
 
 
 def find_leaves(form: OutputForm, outputs: Sequence[Any], totals: Sequence[Counts]) -> tuple[Leaf, ...]:
@@ -112,11 +113,26 @@ def _find_leaf(name: str, tensors: Sequence[Tensor], totals: Sequence[Counts]) -
         each = sizes[0] // max(totals[0][kind], 1)
         if each and all(size == each * total[kind] for size, total in zip(sizes, totals, strict=True)):
             return Leaf(name, kind, shapes[0][:axis], shapes[0][axis + 1 :], each)
-    raise UnsupportedModuleError(f"its output {name} has {sizes} rows for items with {[dict(t) for t in totals]}")
+    counted = " and ".join(
+        f"{size} rows for {total['patch']} patches" for size, total in zip(sizes, totals, strict=True)
+    )
+    raise UnsupportedModuleError(f"its output {name} has {counted}; expected patches, tokens, items or segments")
 
 
-def _memory(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+def _within(name: str, tensor: Tensor, found: Mapping[str, Tensor]) -> tuple[str, int | None] | None:
+    """The tensor that this one is, or whose first entries along an axis it is; None for one with memory of its own."""
+    for other, whole in found.items():
+        if other == name or whole.data_ptr() != tensor.data_ptr() or whole.dtype != tensor.dtype:
+            continue
+        if whole.dim() == tensor.dim() + 1:
+            for axis in range(whole.dim()):
+                first = whole.select(axis, 0)
+                if (first.shape, first.stride()) == (tensor.shape, tensor.stride()):
+                    return other, axis
+        same = (whole.shape, whole.stride()) == (tensor.shape, tensor.stride())
+        if same and list(found).index(other) < list(found).index(name):
+            return other, None
+    return None
 
 
 def _describe(value: Any, path: str, found: dict[str, Tensor]) -> Any:

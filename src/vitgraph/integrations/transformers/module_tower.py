@@ -52,13 +52,20 @@ class PixelForm:
 
 
 @dataclass(frozen=True)
+class FullMask:
+    """A mask `[N, *trailing]` that is true everywhere: every picture is whole."""
+
+    trailing: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class CallForm:
     """How a module is called, apart from sizes.
 
     Attributes:
         pixels, grid: names of the parameters; `grid` is empty for tiles.
         form: of the pixels.
-        constants: further arguments by name.
+        constants: further arguments by name; a `FullMask` stands for a tensor of that form.
     """
 
     pixels: str
@@ -68,8 +75,17 @@ class CallForm:
 
     def arguments(self, rows: Tensor, grid: Tensor | None) -> dict[str, Any]:
         """Keyword arguments of the module's forward for pixel rows `[P, width]`."""
-        given = {self.pixels: self.form.shape(rows), **dict(self.constants)}
+        given: dict[str, Any] = {self.pixels: self.form.shape(rows)}
+        for name, value in self.constants:
+            whole = isinstance(value, FullMask)
+            shape = (len(rows), *value.trailing) if whole else ()
+            given[name] = torch.ones(shape, dtype=torch.bool, device=rows.device) if whole else value
         return {**given, self.grid: grid} if self.grid else given
+
+    @property
+    def masked(self) -> bool:
+        """Whether a mask is among the arguments."""
+        return any(isinstance(value, FullMask) for _, value in self.constants)
 
 
 class ModuleTower(Tower):
@@ -170,7 +186,9 @@ class TileTower(ModuleTower):
     @property
     def tokens_per_tile(self) -> int:
         """Rows that a picture has in the first output."""
-        return self.leaves[0].each * math.prod(self.leaves[0].after[:-1])
+        leaf = self.leaves[0]
+        is_map = len(leaf.after) == 3  # channels, height, width
+        return leaf.each * math.prod(leaf.after[1:] if is_map else leaf.after[:-1])
 
     def metadata(self, grid: Grid) -> dict[str, np.ndarray]:
         return {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vitgraph.attention.base import VarlenAttention
 from vitgraph.core import Counts, Grid, add_counts
 from vitgraph.errors import UnsupportedModuleError
-from vitgraph.integrations.transformers.attention_function import ATTENTION_NAME, register
+from vitgraph.integrations.transformers.attention_function import ATTENTION_NAME, register, with_attention
 from vitgraph.integrations.transformers.leaves import Leaf, OutputForm, find_leaves
 from vitgraph.integrations.transformers.metadata_rules import (
     RULES,
@@ -29,7 +29,7 @@ from vitgraph.integrations.transformers.metadata_rules import (
 from vitgraph.integrations.transformers.module_tower import CallForm, GridTower, PixelForm, segment_counter
 from vitgraph.integrations.transformers.recorder import RecordedCall, record
 from vitgraph.integrations.transformers.shadow import shadow
-from vitgraph.integrations.transformers.verify import Place, attempt, example_rows, verify
+from vitgraph.integrations.transformers.verify import EXAMPLE_FAILS, Place, attempt, example_rows, verify
 from vitgraph.models.contract import SegmentSpec
 
 MERGE_WORDS = ("spatial_merge_size", "merge_size", "merge_kernel_size", "kernel_height")
@@ -49,7 +49,8 @@ def grid_tower(module: nn.Module, call: CallForm | None, place: Place, attention
         UnsupportedModuleError: it cannot be captured, with the reason.
     """
     register()
-    plain, twin = shadow(module, copy.copy), shadow(module, _with_attention)
+    refuse_other_arguments(module, (first_parameter(module), "grid_thw"))
+    plain, twin = shadow(module, copy.copy), shadow(module, with_attention(ATTENTION_NAME))
     unit = _unit(module.config)
     refused: list[UnsupportedModuleError] = []
     for video in (True, False):
@@ -59,8 +60,8 @@ def grid_tower(module: nn.Module, call: CallForm | None, place: Place, attention
                 return _tower(plain, twin, form, packs, place, attention)
             except UnsupportedModuleError as error:
                 refused.append(error)
-    # Images alone were tried last, and in the form that the config suggests first: its reason is the plainest.
-    raise refused[len(refused) // 2]
+    # A wrong guess of the form fails as such; a form that runs says what is in the way. Images alone came last.
+    raise next((error for error in reversed(refused) if not str(error).startswith(EXAMPLE_FAILS)), refused[0])
 
 
 def _tower(
@@ -169,13 +170,6 @@ def _total(spec: ModuleSpec, grids: Sequence[Grid]) -> Counts:
     return total
 
 
-def _with_attention(config: Any) -> Any:
-    """A copy of a config that asks for our attention. The setter would ask for it in its parts, too."""
-    own = copy.copy(config)
-    own.__dict__["_attn_implementation_internal"] = ATTENTION_NAME
-    return own
-
-
 def _unit(config: Any) -> int:
     """A side in patches that any merge of the config divides, at least 4."""
     sides = [getattr(config, name, None) for name in (*MERGE_WORDS, "downsample_factor", "pixel_shuffle_factor")]
@@ -200,7 +194,8 @@ def _call_forms(module: nn.Module) -> Iterator[CallForm]:
     channels = next((n for n in (getattr(config, name, None) for name in CHANNELS) if isinstance(n, int)), 3)
     frames = getattr(config, "temporal_patch_size", None) or 1
     pixels = first_parameter(module)
-    shapes = [(channels * frames * side**2,), (channels, side, side), (channels * side**2,)]
+    flat = (channels * n * side**2 for n in (frames, 1, 2))
+    shapes = [(channels * frames * side**2,), (channels, side, side), *((n,) for n in flat)]
     for batched in (False, True):
         for shape in dict.fromkeys(shapes):
             yield CallForm(pixels, "grid_thw", PixelForm(shape, batched))
@@ -210,3 +205,12 @@ def first_parameter(module: nn.Module) -> str:
     """Name of the parameter that takes the pixels."""
     names = list(inspect.signature(type(module).forward).parameters)
     return names[1] if len(names) > 1 else ""
+
+
+def refuse_other_arguments(module: nn.Module, known: Container[str]) -> None:
+    """Raises `UnsupportedModuleError` for a forward that cannot be called with these arguments alone."""
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    missing = [name for name in needed if name not in known]
+    if missing:
+        raise UnsupportedModuleError(f"its forward needs {', '.join(missing)}, of which vitgraph knows no rule")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,15 +14,17 @@ from vitgraph.attention.base import VarlenAttention
 from vitgraph.config import EncoderConfig
 from vitgraph.core import Counts, Grid
 from vitgraph.errors import PatchError, UnsupportedModuleError
+from vitgraph.integrations.transformers.attention_function import WHOLE_NAME, register, with_attention
 from vitgraph.integrations.transformers.leaves import Leaf, OutputForm
-from vitgraph.integrations.transformers.module_tower import CallForm, PixelForm, TileTower
-from vitgraph.integrations.transformers.probe_grids import CHANNELS, first_parameter
+from vitgraph.integrations.transformers.module_tower import CallForm, FullMask, PixelForm, TileTower
+from vitgraph.integrations.transformers.probe_grids import CHANNELS, first_parameter, refuse_other_arguments
 from vitgraph.integrations.transformers.shadow import shadow
 from vitgraph.integrations.transformers.verify import Place, attempt, example_rows, verify
 from vitgraph.models.contract import OutputSpec, TowerSpec
 
 SIZES = ("image_size", "img_size", "input_size")
 DEFAULT_SIDE = 224
+PATCH_MASK = "patch_attention_mask"
 EXAMPLES = (2, 3)
 """Pictures in the examples: the numbers of rows of the two outputs that are compared."""
 
@@ -67,18 +70,20 @@ def tile_tower(module: nn.Module, call: CallForm | None, place: Place, attention
     Raises:
         UnsupportedModuleError: it cannot be captured, with the reason.
     """
-    twin = shadow(module, copy.copy)
+    register()
+    refuse_other_arguments(module, (first_parameter(module),))
+    plain, whole = shadow(module, copy.copy), shadow(module, with_attention(WHOLE_NAME))
     refused: list[UnsupportedModuleError] = []
     for form in _call_forms(module) if call is None else (call,):
         try:
-            return _tower(twin, form, place, attention)
+            return _tower(plain, whole if form.masked else plain, form, place, attention)
         except UnsupportedModuleError as error:
             refused.append(error)
     raise refused[0]
 
 
-def _tower(twin: nn.Module, call: CallForm, place: Place, attention: VarlenAttention) -> TileTower:
-    outputs = [attempt(twin, call.arguments(example_rows(n, call.form.width, place), None)) for n in EXAMPLES]
+def _tower(plain: nn.Module, twin: nn.Module, call: CallForm, place: Place, attention: VarlenAttention) -> TileTower:
+    outputs = [attempt(plain, call.arguments(example_rows(n, call.form.width, place), None)) for n in EXAMPLES]
     form = OutputForm(outputs[0])
     tensors = [form.flatten(output) for output in outputs]
     leaves = tuple(_leaf(name, pair) for name, pair in zip(form.names, zip(*tensors, strict=True), strict=True))
@@ -133,4 +138,12 @@ def _call_forms(module: nn.Module) -> Iterator[CallForm]:
     picture = (channels, height, width)
     shapes = [picture] if not isinstance(frames, int) else [(frames, *picture), picture]
     for shape in shapes:
-        yield CallForm(first_parameter(module), "", PixelForm(shape))
+        yield CallForm(first_parameter(module), "", PixelForm(shape), _masks(module, height, width))
+
+
+def _masks(module: nn.Module, height: int, width: int) -> tuple[tuple[str, FullMask], ...]:
+    """The mask of patches that a module takes, as callers give it for pictures without padding."""
+    side = getattr(module.config, "patch_size", None)
+    if PATCH_MASK not in inspect.signature(type(module).forward).parameters or not isinstance(side, int):
+        return ()
+    return ((PATCH_MASK, FullMask((height // side, width // side))),)

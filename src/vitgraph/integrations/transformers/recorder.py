@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from vitgraph.errors import UnsupportedModuleError
 
 PREFIX = "get_vision_"
+GRID_COLUMNS = (0, 1, 2)
 _patching = threading.Lock()
 
 
@@ -51,11 +53,13 @@ class RecordedCall:
         function: as the modeling file knows it.
         arguments: without the grids (their name is `grid`) and `kwargs`.
         grid: name of the parameter that took the grids.
+        columns: order of t, h and w in what it took.
     """
 
     function: Callable[..., Any]
     arguments: dict[str, Any]
     grid: str
+    columns: tuple[int, ...] = GRID_COLUMNS
 
     @property
     def name(self) -> str:
@@ -70,7 +74,7 @@ class RecordedCall:
             UnsupportedModuleError: it looks for other keywords than it returns values.
         """
         keys = _Keys()
-        result = self.function(**self.arguments, **{self.grid: grids}, kwargs=keys)
+        result = self.function(**self.arguments, **{self.grid: grids[:, self.columns]}, kwargs=keys)
         values = result if isinstance(result, tuple) else (result,)
         names = list(dict.fromkeys(keys.asked))
         if len(names) != len(values):
@@ -131,11 +135,21 @@ def _call(function: Callable[..., Any], arguments: dict[str, Any], grids: Tensor
     name = function.__name__
     if given is None:
         raise UnsupportedModuleError(f"{name} is called without kwargs, so its result cannot be passed in")
-    grid = next((key for key, value in arguments.items() if value is grids), None)
-    if grid is None:
+    grid, columns = _find_grid(arguments, grids)
+    if not grid:
         raise UnsupportedModuleError(f"{name} is called on other sizes than the caller's grid_thw")
     del arguments[grid]
     tensors = [key for key, value in arguments.items() if isinstance(value, torch.Tensor)]
     if tensors:
         raise UnsupportedModuleError(f"{name} also depends on the tensor {', '.join(tensors)}")
-    return RecordedCall(function, arguments, grid)
+    return RecordedCall(function, arguments, grid, columns)
+
+
+def _find_grid(arguments: dict[str, Any], grids: Tensor) -> tuple[str, tuple[int, ...]]:
+    """Name of the argument that is the grids, or the grids with their columns in another order."""
+    for columns in permutations(GRID_COLUMNS):
+        ordered = grids[:, columns]
+        for name, value in arguments.items():
+            if isinstance(value, Tensor) and value.shape == grids.shape and torch.equal(value, ordered):
+                return name, columns
+    return "", GRID_COLUMNS

@@ -22,6 +22,7 @@ from vitgraph.models.contract import TowerBuffers
 TOLERANCE = {torch.float32: 1e-3}
 HALF_TOLERANCE = 5e-2
 SEED = 0
+EXAMPLE_FAILS = "its forward fails on an example"
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def attempt(module: nn.Module, arguments: Mapping[str, Any]) -> Any:
     except UnsupportedModuleError:
         raise
     except Exception as error:
-        raise UnsupportedModuleError(f"its forward fails on an example: {_first_line(error)}") from error
+        raise UnsupportedModuleError(f"{EXAMPLE_FAILS}: {_first_line(error)}") from error
 
 
 def verify(
