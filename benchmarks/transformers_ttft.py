@@ -1,6 +1,6 @@
 """Time to the first token of a Transformers model before and after `vitgraph.accelerate`, and the tower's share of it.
 
-    python benchmarks/transformers_ttft.py [--models 2b 8b] [--runs 20] [--json FILE]
+    python benchmarks/transformers_ttft.py [--models 2b 8b] [--runs 30] [--json FILE]
     python benchmarks/transformers_ttft.py --tiny        # a tiny model, also on the CPU: shows that it runs, no more
 
 Qwen3-VL with random weights, language model and tower at their published sizes, in bfloat16. Prompts: one image of
@@ -224,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=["2b", "8b"], default=["2b", "8b"])
     parser.add_argument("--tiny", action="store_true", help="a tiny model and small pictures, on any device")
-    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--runs", type=int, default=30)
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
