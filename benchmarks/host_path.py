@@ -96,7 +96,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with VisionEncoder.from_config(geometry(arguments.geometry), device="cuda", config=EncoderConfig()) as encoder:
         encoder.capture(progress=False)
-        graphs = encoder.engine._graphs
+        graphs = encoder.engine.ladder.graphs
         launches: list[tuple[float, float]] = []
         for index, graph in list(graphs.items()):
             graphs[index] = Watched(graph, launches)  # type: ignore[assignment]

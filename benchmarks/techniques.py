@@ -63,7 +63,7 @@ def encoder_without(missing: Sequence[str], make: Callable[..., VisionEncoder]) 
                 stack.enter_context(patch.object(module, attribute, stand_in))
         encoder = stack.enter_context(make(**settings))
         if KEPT_METADATA in missing:
-            encoder.engine._blocks = BlockCache(0)
+            encoder.engine.staging.blocks = BlockCache(0)
         if encoder.config.graph:
             encoder.capture(progress=False)
         yield encoder

@@ -50,7 +50,7 @@ def test_a_batch_that_comes_again_gives_the_same_and_counts_as_found() -> None:
         for x, b, want in zip(inputs, batches, first, strict=True):
             got = encoder.encode_patches(x, b)
             assert all(torch.equal(g.tokens, w.tokens) for g, w in zip(got, want, strict=True))
-    assert encoder.engine._blocks.nbytes > 0
+    assert encoder.engine.staging.blocks.nbytes > 0
     stats = encoder.stats
     assert stats.metadata_misses == 3
     assert stats.metadata_hits == 4 * sum(map(len, batches)) - 3

@@ -288,4 +288,4 @@ def test_kept_metadata_blocks_give_the_same_on_any_stream() -> None:
                 for x, grids, expected in zip(inputs, combinations, want, strict=True):
                     got = encoder.encode_patches(x, grids)
                     assert all(torch.equal(g.tokens, w.tokens) for g, w in zip(got, expected, strict=True))
-        assert encoder.engine._blocks.nbytes > 0
+        assert encoder.engine.staging.blocks.nbytes > 0

@@ -22,7 +22,7 @@ from families import (
 from vitgraph import VisionEncoder
 from vitgraph.assets import sample_photographs
 from vitgraph.core import Grid
-from vitgraph.engine.engine import Engine
+from vitgraph.engine.staging import Staging
 from vitgraph.errors import PatchError
 from vitgraph.models.registry import families, find_family, get_family
 from vitgraph.models.tiny import write_tiny_checkpoint
@@ -53,7 +53,7 @@ def test_packed_equals_one_by_one_with_nan_in_every_padded_row(family, attention
     encoder = make(family, budgets=(16, 96, 320))
     if attention == "masked":
         # The form of the reference attention that only sees the device's offsets, as a graph does.
-        monkeypatch.setattr(Engine, "_uncaptured_inputs", lambda self, inputs, plans: inputs)
+        monkeypatch.setattr(Staging, "uncaptured", lambda self, inputs, grids: inputs)
     grids = awkward_grids(encoder.spec)
     x = pixels(encoder.spec, grids)
     want = one_by_one(encoder, x, grids)

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from vitgraph.core import Pack
+from vitgraph.errors import FallbackError
+
+logger = logging.getLogger("vitgraph")
 
 
 @dataclass
@@ -55,3 +62,51 @@ class Stats:
     def as_dict(self) -> dict[str, Any]:
         """The counters and the padding share, ready for JSON."""
         return {**asdict(self), "padding": self.padding}
+
+
+class Counters:
+    """Counts what runs; logs each reason to leave the graph path once.
+
+    Args:
+        strict: raise instead of leaving it.
+    """
+
+    def __init__(self, strict: bool) -> None:
+        self.stats = Stats()
+        self._strict = strict
+        self._logged: set[str] = set()
+
+    def plan(self, packs: Sequence[Pack], items: int) -> None:
+        """Items that came, and those that had to be cut."""
+        self.stats.items += items
+        self.stats.packs += len(packs)
+        self.stats.split_items += len({p.item for pack in packs for p in pack.pieces if p.first_frame > 0})
+
+    def replay(self, pack: Pack, budget: int) -> None:
+        """A pack that runs in a budget of this many tokens."""
+        self.stats.replays += 1
+        self.stats.real_tokens += pack.counts["token"]
+        self.stats.padded_tokens += budget
+
+    def eager(self, pack: Pack) -> None:
+        """A pack that runs outside every budget, and why.
+
+        Raises:
+            FallbackError: when that is not allowed.
+        """
+        self.fall_back(pack.reason, pack)
+        self.stats.eager_packs += 1
+
+    def fall_back(self, reason: str, pack: Pack) -> None:
+        """A pack that cannot use a graph.
+
+        Raises:
+            FallbackError: when that is not allowed.
+        """
+        if self._strict:
+            grids = ", ".join("x".join(map(str, grid)) for grid in pack.grids)
+            raise FallbackError(f"strict=True and the items {grids} cannot use a graph: {reason}.")
+        self.stats.fallbacks[reason] = self.stats.fallbacks.get(reason, 0) + 1
+        if reason not in self._logged:
+            self._logged.add(reason)
+            logger.warning("running without a graph: %s (logged once, counted in stats.fallbacks)", reason)

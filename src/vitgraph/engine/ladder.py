@@ -1,0 +1,156 @@
+"""The budgets of one tower with their static buffers and graphs: what is allocated and captured, and when."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from vitgraph.attention.base import VarlenAttention
+from vitgraph.config import EncoderConfig
+from vitgraph.engine.buffers import Arena, MetadataLayout, StaticBuffers
+from vitgraph.engine.graph import CapturedGraph, GraphPool
+from vitgraph.models.contract import TowerBuffers, TowerSpec
+from vitgraph.planning.budgets import make_budgets
+
+logger = logging.getLogger("vitgraph")
+
+Progress = Callable[[int, int, str], None]
+"""Called as `progress(done, total, text)` during capture."""
+
+WAITING = "budget not used often enough yet"
+LIMIT_REACHED = "budget not captured: memory limit reached"
+
+
+class Ladder:
+    """Budgets, their views of one arena, and their graphs in one pool.
+
+    Args:
+        spec: of the tower.
+        forward: the tower's forward, as a tuple of outputs.
+        device, dtype: of the tower.
+        config: see `EncoderConfig`.
+        attention: the tower's backend, which may want tile schedules.
+    """
+
+    def __init__(
+        self,
+        spec: TowerSpec,
+        forward: Callable[[TowerBuffers], tuple[Tensor, ...]],
+        device: torch.device,
+        dtype: torch.dtype,
+        config: EncoderConfig,
+        attention: VarlenAttention,
+    ) -> None:
+        self.budgets = make_budgets(spec, config)
+        self.graphs: dict[int, CapturedGraph] = {}
+        self.complete = not (config.graph and device.type == "cuda")
+        self.capture_seconds = 0.0
+        self._spec, self._forward, self._config = spec, forward, config
+        self._device, self._dtype = device, dtype
+        self._layouts = [MetadataLayout(spec, budget.capacity, attention) for budget in self.budgets]
+        self._arena: Arena | None = None
+        self._buffers: dict[int, StaticBuffers] = {}
+        self._pool: GraphPool | None = None
+        self._uses: dict[int, int] = {}
+
+    @property
+    def graph_bytes(self) -> int:
+        """Device memory of the graphs' pool."""
+        return self._pool.nbytes if self._pool else 0
+
+    @property
+    def static_bytes(self) -> int:
+        """Device memory of the static buffers."""
+        return self._arena.nbytes if self._arena else 0
+
+    def static(self, index: int) -> StaticBuffers:
+        """The static buffers of a budget, made on first use."""
+        if index not in self._buffers:
+            capacity, layout = self.budgets[index].capacity, self._layouts[index]
+            self._buffers[index] = StaticBuffers.create(self._spec, capacity, layout, self._make_arena())
+        return self._buffers[index]
+
+    def _make_arena(self) -> Arena:
+        if self._arena is None:
+            nbytes = max(layout.nbytes for layout in self._layouts)
+            self._arena = Arena(self._spec, self.budgets[-1].capacity, nbytes, self._device, self._dtype)
+        return self._arena
+
+    def missing(self, index: int) -> str:
+        """Why a budget has no graph; empty when it has one. A lazy ladder captures it on use number `lazy_after`."""
+        if index in self.graphs:
+            return ""
+        if not self.complete:
+            self._uses[index] = self._uses.get(index, 0) + 1
+            if self._uses[index] < self._config.lazy_after:
+                return WAITING
+            if self._capture(index):
+                return ""
+        self.complete = True  # the memory limit is reached: no later budget can be captured either
+        return LIMIT_REACHED
+
+    def capture(self, progress: Progress | None = None) -> None:
+        """Captures every budget, largest first: the smaller ones then find memory to share.
+
+        Under a `memory_limit` the smallest come first, since they gain most from a graph. Nothing may be running on the
+        static buffers.
+        """
+        order = list(range(len(self.budgets)))
+        if self._config.memory_limit is None:
+            order.reverse()
+        arena = self._make_arena()
+        # Zeros are valid metadata in every layout; what another budget left there need not be.
+        arena.block.zero_()
+        arena.make_slots()
+        warm_ups = self._warm_ups(order)
+        for done, index in enumerate(order):
+            if progress:
+                progress(done, len(order), f"{self.budgets[index].tokens} tokens")
+            if index not in self.graphs and not self._capture(index, warm_up=index in warm_ups):
+                break
+        self.complete = True
+
+    def poison(self) -> None:
+        """Fills the pixel rows with NaN."""
+        if self._arena is not None:
+            self._arena.pixels.fill_(float("nan"))
+
+    def release(self) -> None:
+        """Drops graphs, their pool and the static buffers."""
+        self.graphs.clear()
+        self._buffers.clear()
+        self._pool = self._arena = None
+
+    def _warm_ups(self, order: Sequence[int]) -> set[int]:
+        """Budgets that run once before capture: the largest, the smallest, and the first with each tile size.
+
+        A warm-up compiles kernels and makes workspaces; the other budgets use the same ones.
+        """
+        blocks = {tuple(s.block for s in self._layouts[index].schedules): index for index in sorted(order)}
+        return {order[0], order[-1], *blocks.values()}
+
+    def _capture(self, index: int, warm_up: bool = True) -> bool:
+        """Captures one budget; False when the memory limit is reached."""
+        limit, tokens = self._config.memory_limit, self.budgets[index].tokens
+        self._pool = self._pool or GraphPool(self._device)
+        if limit is not None and self._pool.nbytes >= limit:
+            logger.warning(
+                "capture stopped at budget %d: graphs hold %.0f MB, memory_limit is %.0f MB; budgets without a graph "
+                "run the same padded forward",
+                tokens,
+                self._pool.nbytes / 1e6,
+                limit / 1e6,
+            )
+            return False
+        start = time.perf_counter()
+        buffers = self.static(index)
+        graph = self._pool.capture(self._forward, buffers.inputs, buffers.outputs, warm_up)
+        self.graphs[index] = graph
+        self.capture_seconds += time.perf_counter() - start
+        level = logging.INFO if self._config.verbose else logging.DEBUG
+        logger.log(level, "captured %d tokens in %.1f ms, %.1f MB", tokens, graph.seconds * 1e3, graph.nbytes / 1e6)
+        return True

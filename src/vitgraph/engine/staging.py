@@ -1,0 +1,125 @@
+"""Filling static buffers: metadata from the caches, pixel rows from the caller."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitgraph.core import Grid, Pack
+from vitgraph.engine.blocks import BlockCache, copy_block
+from vitgraph.engine.buffers import StaticBuffers, with_lengths
+from vitgraph.engine.pixels import PieceRows, copy_rows
+from vitgraph.errors import PatchError
+from vitgraph.models.contract import Tower, TowerBuffers
+from vitgraph.planning.metadata import MetadataCache
+
+COMMON_SIDE = 32
+
+
+class Staging:
+    """Writes packs into static buffers.
+
+    Args:
+        tower: whose metadata it writes.
+        device: of the buffers.
+        most_grids: grids whose metadata stays on the host.
+    """
+
+    def __init__(self, tower: Tower, device: torch.device, most_grids: int) -> None:
+        self.grids = MetadataCache(tower.spec.counts, tower.metadata, most_grids)
+        self.blocks = BlockCache()
+        self._spec, self._device = tower.spec, device
+
+    def warm(self, grids: Iterable[Grid] | None) -> None:
+        """Computes the metadata of grids ahead of their first use; default: square images of usual sizes."""
+        self.grids.warm(self._common_grids() if grids is None else grids)
+
+    def _common_grids(self) -> Iterable[Grid]:
+        for side in range(1, COMMON_SIDE + 1):
+            grid = Grid(1, side * self._spec.merge, side * self._spec.merge)
+            try:
+                self._spec.check_grid(grid)
+            except PatchError:
+                continue
+            yield grid
+
+    def fill_pack(
+        self, buffers: StaticBuffers, pack: Pack, pixels: Sequence[PieceRows], stream: torch.cuda.Stream | None
+    ) -> None:
+        """Fills the buffers of the pack's budget, its metadata from the device if it is kept there.
+
+        Args:
+            buffers: of the pack's budget.
+            pack: to run.
+            pixels: of its pieces, in row order.
+            stream: the current stream on CUDA.
+        """
+        key = pack.budget, pack.grids
+        kept = self.blocks.find(key)
+        if kept is None:
+            self.fill(buffers, pack.grids, pixels, stream)
+            self.blocks.offer(key, buffers.block)
+            return
+        self.grids.count_hits(len(pack.grids))
+        copy_block(buffers.block, kept, stream)
+        if all(rows.device == self._device for rows in pixels):
+            copy_rows(buffers.inputs.pixel_values, pixels, None)
+            return
+        slot = buffers.arena.next_slot()
+        copy_rows(buffers.inputs.pixel_values, pixels, slot)
+        slot.record(stream)
+
+    def fill(
+        self,
+        buffers: StaticBuffers,
+        grids: Sequence[Grid],
+        pixels: Sequence[PieceRows],
+        stream: torch.cuda.Stream | None = None,
+    ) -> None:
+        """One staged copy of all metadata, then the pixel rows, all in stream order.
+
+        Args:
+            buffers: to fill.
+            grids, pixels: of the pieces, in row order.
+            stream: the current stream, or None to look it up.
+        """
+        slot = buffers.arena.next_slot()
+        buffers.layout.write(slot.arrays(buffers.layout), [self.grids.get(grid) for grid in grids])
+        buffers.block.copy_(slot.block[: buffers.layout.nbytes], non_blocking=True)
+        copy_rows(buffers.inputs.pixel_values, pixels, slot)
+        slot.record(stream)
+
+    def uncaptured(self, inputs: TowerBuffers, grids: Sequence[Grid]) -> TowerBuffers:
+        """Inputs of a forward that is not captured: on the CPU the reference attention may use the host's segment
+        lengths; nothing else changes."""
+        if self._device.type == "cuda":
+            return inputs
+        lengths = {}
+        plans = [self.grids.peek(grid) for grid in grids]
+        for segments in self._spec.segments:
+            ends = [np.diff(plan.metadata[segments.name], prepend=0) for plan in plans]
+            lengths[segments.name] = tuple(int(n) for n in np.concatenate(ends))
+        return with_lengths(inputs, lengths)
+
+
+def pixels_of(pack: Pack, rows: Tensor | Sequence[Tensor]) -> list[PieceRows]:
+    """Rows of the pack's pieces.
+
+    Args:
+        pack: whose pieces are meant.
+        rows: one tensor with the rows of all pieces, or per item its rows.
+    """
+    if isinstance(rows, Tensor):
+        return [rows]
+    found = []
+    for item, grid, first_frame in pack.pieces:
+        own = rows[item]
+        if own.shape[0] != grid.patches:
+            # Frames are contiguous in every row order.
+            start = first_frame * grid.h * grid.w
+            own = own[start : start + grid.patches]
+        found.append(own)
+    return found
