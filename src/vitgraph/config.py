@@ -8,7 +8,7 @@ from typing import Any
 
 from vitgraph.errors import ConfigError
 
-ATTENTION_NAMES = ("auto", "triton", "varlen", "sdpa")
+ATTENTION_NAMES = ("auto", "triton", "fa3", "fa4", "varlen", "sdpa")
 
 VLLM_ALIASES = {
     "cudagraph_mm_encoder": "graph",

@@ -12,6 +12,7 @@ from vitgraph.planning.cost import load_of
 from vitgraph.planning.packing import EAGER_IS_FASTER, Planner
 
 FLOOR, RATE, SLOPE, LAUNCH = 900.0, 2.0, 3e-4, 8000.0
+ALONE = 0.8
 
 
 class FakeGpu:
@@ -21,14 +22,19 @@ class FakeGpu:
         self.spec, self.budgets = encoder.spec, encoder.budgets
         self.timed: list[int] = []
         self.now = 0.0
+        self.has_alone = False
 
     def clock(self) -> float:
         return self.now
 
-    def replay(self, budget: int, grids: list[Grid]) -> float:
+    def alone(self, budget: int) -> bool:
+        return self.has_alone
+
+    def replay(self, budget: int, grids: list[Grid], alone: bool = False) -> float:
         self.timed.append(budget)
         assert fits(self._counts(grids), self.budgets[budget].capacity)
-        taken = FLOOR + RATE * self.budgets[budget].capacity["patch"] + SLOPE * self._load(grids)
+        slope = SLOPE * (ALONE if alone else 1)
+        taken = FLOOR + RATE * self.budgets[budget].capacity["patch"] + slope * self._load(grids)
         self.now += taken / 1e6
         return taken
 
@@ -60,6 +66,22 @@ def test_the_model_predicts_what_was_not_timed(encoder: VisionEncoder, seconds: 
             load = gpu._load(grids)
             assert cost.replay(index, load) == pytest.approx(gpu.replay(index, grids), rel=0.01)
     assert cost.eager(128, 0.0) == pytest.approx(LAUNCH, rel=0.05)
+
+
+def test_packs_of_one_segment_have_a_slope_of_their_own(encoder: VisionEncoder) -> None:
+    gpu = FakeGpu(encoder)
+    gpu.has_alone = True
+    cost = measure_costs(encoder.spec, encoder.budgets, range(len(encoder.budgets)), gpu, 10.0, gpu.clock)
+    for index in (-1, 20, 5):
+        index %= len(encoder.budgets)
+        grids = one_item(encoder.spec, encoder.budgets[index])
+        load = gpu._load(grids)
+        assert cost.replay(index, load) == pytest.approx(gpu.replay(index, grids), rel=0.01)
+        assert cost.replay(index, load, alone=True) == pytest.approx(gpu.replay(index, grids, alone=True), rel=0.01)
+    largest = encoder.budgets[-1]
+    packs = Planner(encoder.spec, encoder.budgets, cost).plan(one_item(encoder.spec, largest))
+    predicted = Planner(encoder.spec, encoder.budgets, cost).predicted(packs)
+    assert predicted < cost.replay(len(encoder.budgets) - 1, float(largest.capacity["patch"]) ** 2)
 
 
 def test_budgets_without_a_graph_cost_what_eager_costs(encoder: VisionEncoder) -> None:

@@ -6,15 +6,17 @@ import pytest
 import torch
 
 from attention_cases import CASES, check, make_qkv, make_segments
-from vitgraph.attention.select import select_attention
+from vitgraph.attention.select import FLASH, select_attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 @pytest.mark.parametrize("head_dim", [64, 72, 80, 88, 96, 112, 128])
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("backend", ["triton", "varlen", "sdpa"])
+@pytest.mark.parametrize("backend", ["triton", "fa3", "fa4", "varlen", "sdpa"])
 def test_backend_equals_fp32(backend: str, case: str, head_dim: int) -> None:
+    if backend in FLASH and (missing := FLASH[backend].missing(torch.device("cuda"), torch.bfloat16)):
+        pytest.skip(missing)
     rows, lengths = CASES[case]
     attention = select_attention(backend, torch.device("cuda"), torch.bfloat16)
     segments = make_segments(rows, lengths, attention.block(rows, rows), "cuda")

@@ -289,3 +289,31 @@ def test_kept_metadata_blocks_give_the_same_on_any_stream() -> None:
                     got = encoder.encode_patches(x, grids)
                     assert all(torch.equal(g.tokens, w.tokens) for g, w in zip(got, expected, strict=True))
         assert encoder.engine.staging.blocks.nbytes > 0
+
+
+def test_packs_of_one_segment_have_a_graph_of_their_own_where_that_is_faster(monkeypatch, tmp_path) -> None:
+    """A second backend that is said to be faster for one segment runs such packs, and no others."""
+    from vitgraph.attention.auto import CLASSES, AutoAttention
+    from vitgraph.attention.choices import save_times
+    from vitgraph.attention.torch_varlen import TorchVarlenAttention
+    from vitgraph.attention.triton_varlen import TritonVarlenAttention
+
+    class Versioned(TorchVarlenAttention):
+        @staticmethod
+        def version() -> str:
+            return "0"
+
+    monkeypatch.setenv("VITGRAPH_CACHE", str(tmp_path))
+    device = torch.device("cuda", torch.cuda.current_device())
+    attention = AutoAttention(TritonVarlenAttention(), [Versioned()], device, torch.bfloat16)
+    save_times(attention._key(4, 16), {rows: {"triton": 2.0, "varlen": 1.0} for rows in CLASSES})
+    monkeypatch.setattr("vitgraph.encoder.select_attention", lambda *_: attention)
+    with make("qwen3_vl") as encoder:
+        encoder.capture(progress=False)
+        assert encoder.stats.captured_graphs == 2 * len(BUDGETS)
+        for seed, grids in enumerate([[(1, 20, 24)], [(1, 8, 8), (1, 4, 4)], [(1, 8, 8)], [(1, 20, 24), (1, 8, 8)]]):
+            x = pixels(encoder, grids, seed)
+            replayed = tensors(encoder.encode_patches(x, grids))
+            padded = tensors(encoder.encode_patches(x, grids, mode="padded"))
+            assert all(torch.equal(a, b) for a, b in zip(replayed, padded, strict=True))
+            assert all(t.isfinite().all() for t in replayed)

@@ -25,6 +25,9 @@ class Rule:
     def counts(self, grid: Grid) -> dict[str, int]:
         return {"patch": grid.patches, "token": grid.patches // 4, "item": 1, "segment": grid.t}
 
+    def is_alone(self, counts: dict[str, int]) -> bool:
+        return counts["segment"] == 1
+
     def capacity(self, tokens: int, max_items: int, max_frames: int) -> dict[str, int]:
         return {"patch": 4 * tokens, "token": tokens, "item": max_items, "segment": max(max_items, max_frames)}
 

@@ -20,6 +20,7 @@ class Segments:
             graph must not depend on them.
         tiles: `[tiles, 4]` int32 tile schedule on the device, for backends that ask for one.
         block: query rows of one tile of that schedule.
+        alone: whether there is never more than one segment.
     """
 
     cu_seqlens: Tensor
@@ -27,6 +28,7 @@ class Segments:
     lengths: tuple[int, ...] | None = None
     tiles: Tensor | None = None
     block: int = 0
+    alone: bool = False
 
 
 class VarlenAttention(Protocol):
@@ -44,6 +46,12 @@ class VarlenAttention(Protocol):
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
         """Packed attention."""
+
+
+def has_own_graph(attention: VarlenAttention, rows: int) -> bool:
+    """Whether packs of one segment in a buffer of `rows` rows run another kernel than packs of several."""
+    alone = getattr(attention, "alone", None)
+    return alone is not None and alone(rows)
 
 
 def tile_bound(rows: int, segments: int, block: int) -> int:

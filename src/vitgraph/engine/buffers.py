@@ -266,12 +266,14 @@ class StaticBuffers:
         layout: of its metadata block.
         block: the bytes of its metadata.
         inputs: what the tower's forward reads; addresses never change.
+        alone: the same for packs of one segment.
         outputs: each `[levels, rows, width]`, where a captured forward leaves its results.
     """
 
     layout: MetadataLayout
     block: Tensor
     inputs: TowerBuffers
+    alone: TowerBuffers
     outputs: tuple[Tensor, ...]
     arena: Arena = field(repr=False)
 
@@ -284,7 +286,17 @@ class StaticBuffers:
             plain = segments[schedule.segments]
             segments[schedule.segments] = replace(plain, tiles=metadata[schedule.name], block=schedule.block)
         inputs = TowerBuffers(arena.pixels[: capacity["patch"]], metadata, segments)
-        return cls(layout, arena.block[: layout.nbytes], inputs, arena.outputs(spec, capacity), arena)
+        one = {name: replace(own, alone=True) for name, own in segments.items()}
+        alone = TowerBuffers(inputs.pixel_values, metadata, one)
+        return cls(layout, arena.block[: layout.nbytes], inputs, alone, arena.outputs(spec, capacity), arena)
+
+    def inputs_of(self, alone: bool) -> TowerBuffers:
+        """What a forward reads.
+
+        Args:
+            alone: whether the pack is one segment.
+        """
+        return self.alone if alone else self.inputs
 
 
 def with_lengths(inputs: TowerBuffers, lengths: Mapping[str, tuple[int, ...]]) -> TowerBuffers:

@@ -167,7 +167,7 @@ class Engine:
                 fallbacks=dict(self._counters.stats.fallbacks),
                 metadata_hits=staging.grids.hits,
                 metadata_misses=staging.grids.misses,
-                captured_graphs=len(ladder.graphs),
+                captured_graphs=len(ladder.graphs) + len(ladder.alone),
                 graph_bytes=ladder.graph_bytes,
                 static_bytes=ladder.static_bytes + staging.blocks.nbytes,
                 capture_seconds=ladder.capture_seconds,
@@ -189,10 +189,15 @@ class Engine:
             rows = self.ladder.static(len(self.budgets) - 1).inputs.pixel_values[: total["patch"]]
             return self._run_exact(total, grids, [rows])
 
-    def captured(self, budget: int) -> CapturedGraph:
-        """The graph of a captured budget, by its index. Only the budget that was filled last may be replayed by hand:
-        the static buffers hold its metadata."""
-        return self.ladder.graphs[budget]
+    def captured(self, budget: int, alone: bool = False) -> CapturedGraph:
+        """The graph of a captured budget. Only the budget that was filled last may be replayed by hand: the static
+        buffers hold its metadata.
+
+        Args:
+            budget: its index.
+            alone: the one for packs of one segment; see `Ladder.runs_alone`.
+        """
+        return self.ladder.graph(budget, alone)
 
     @torch.no_grad()
     def poison_padding(self) -> None:
@@ -238,11 +243,14 @@ class Engine:
             # Static buffers are shared: whatever stream the caller uses, a run follows the one before it.
             stream.wait_event(self._last_run)
         self.staging.fill_pack(buffers, pack, pixels, stream)
-        if use_graph and self._has_graph(pack, budget):
-            outputs = self.ladder.graphs[budget].replay()
+        # Asked before the question which form runs: a first capture may decide that.
+        captured = use_graph and self._has_graph(pack, budget)
+        alone = self.ladder.runs_alone(budget, self.spec.is_alone(pack.counts))
+        if captured:
+            outputs = self.ladder.graph(budget, alone).replay()
             self._counters.stats.graph_replays += 1
         else:
-            inputs = self.staging.uncaptured(buffers.inputs, pack.grids)
+            inputs = self.staging.uncaptured(buffers.inputs_of(alone), pack.grids)
             outputs = copy_outputs(buffers.outputs, self._forward(inputs))
         # The next replay writes over this memory, so the caller gets a copy of the rows that are his.
         filled = zip(outputs, self.spec.outputs, strict=True)
@@ -265,7 +273,8 @@ class Engine:
         arena = Arena(self.spec, total, layout.nbytes, self.device, self.dtype)
         buffers = StaticBuffers.create(self.spec, total, layout, arena)
         self.staging.fill(buffers, grids, pixels)
-        return self._forward(self.staging.uncaptured(buffers.inputs, grids))
+        inputs = buffers.inputs_of(self.spec.is_alone(total))
+        return self._forward(self.staging.uncaptured(inputs, grids))
 
     def _forward(self, inputs: TowerBuffers) -> Outputs:
         result = self.tower(inputs)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from vitgraph.attention.base import VarlenAttention
+from vitgraph.attention.base import VarlenAttention, has_own_graph
 from vitgraph.config import EncoderConfig
 from vitgraph.engine.buffers import Arena, MetadataLayout, StaticBuffers
 from vitgraph.engine.graph import CapturedGraph, GraphPool
@@ -27,6 +27,8 @@ LIMIT_REACHED = "budget not captured: memory limit reached"
 
 class Ladder:
     """Budgets, their views of one arena, and their graphs in one pool.
+
+    A budget has a second graph, in `alone`, where the attention has another kernel for packs of one segment.
 
     Args:
         spec: of the tower.
@@ -47,10 +49,11 @@ class Ladder:
     ) -> None:
         self.budgets = make_budgets(spec, config)
         self.graphs: dict[int, CapturedGraph] = {}
+        self.alone: dict[int, CapturedGraph] = {}
         self.complete = not (config.graph and device.type == "cuda")
         self.capture_seconds = 0.0
         self._spec, self._forward, self._config = spec, forward, config
-        self._device, self._dtype = device, dtype
+        self._device, self._dtype, self._attention = device, dtype, attention
         self._layouts = [MetadataLayout(spec, budget.capacity, attention) for budget in self.budgets]
         self._arena: Arena | None = None
         self._buffers: dict[int, StaticBuffers] = {}
@@ -79,6 +82,19 @@ class Ladder:
             nbytes = max(layout.nbytes for layout in self._layouts)
             self._arena = Arena(self._spec, self.budgets[-1].capacity, nbytes, self._device, self._dtype)
         return self._arena
+
+    def runs_alone(self, index: int, one_segment: bool) -> bool:
+        """Whether a pack runs the budget's second form, with the kernel for packs of one segment.
+
+        Args:
+            index: of the budget.
+            one_segment: whether the pack is one.
+        """
+        return one_segment and has_own_graph(self._attention, self.budgets[index].capacity["patch"])
+
+    def graph(self, index: int, alone: bool = False) -> CapturedGraph:
+        """A captured budget's graph; see `runs_alone`."""
+        return self.alone[index] if alone else self.graphs[index]
 
     def missing(self, index: int) -> str:
         """Why a budget has no graph; empty when it has one. A lazy ladder captures it on use number `lazy_after`."""
@@ -122,6 +138,7 @@ class Ladder:
     def release(self) -> None:
         """Drops graphs, their pool and the static buffers."""
         self.graphs.clear()
+        self.alone.clear()
         self._buffers.clear()
         self._pool = self._arena = None
 
@@ -150,6 +167,9 @@ class Ladder:
         buffers = self.static(index)
         graph = self._pool.capture(self._forward, buffers.inputs, buffers.outputs, warm_up)
         self.graphs[index] = graph
+        # Asked after the warm-up, in which the attention measures its kernels.
+        if self.runs_alone(index, one_segment=True):
+            self.alone[index] = self._pool.capture(self._forward, buffers.alone, buffers.outputs, warm_up)
         self.capture_seconds += time.perf_counter() - start
         level = logging.INFO if self._config.verbose else logging.DEBUG
         logger.log(level, "captured %d tokens in %.1f ms, %.1f MB", tokens, graph.seconds * 1e3, graph.nbytes / 1e6)

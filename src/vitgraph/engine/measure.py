@@ -26,7 +26,9 @@ EAGER_RUNS = 2
 class Timer(Protocol):
     """What is timed, in microseconds of one run of a budget filled with items of these grids."""
 
-    def replay(self, budget: int, grids: Sequence[Grid]) -> float: ...
+    def replay(self, budget: int, grids: Sequence[Grid], alone: bool = False) -> float: ...
+
+    def alone(self, budget: int) -> bool: ...
 
     def eager(self, grids: Sequence[Grid]) -> float: ...
 
@@ -58,7 +60,7 @@ def measure_costs(
             break
         times[index] = timer.replay(index, usual_items(spec, budgets[index]))
     loads = {index: _load(spec, usual_items(spec, budgets[index])) for index in times}
-    slopes = _slopes(spec, budgets, times, loads, timer)
+    slopes, alone = _slopes(spec, budgets, times, loads, timer)
     rows = np.array([budget.capacity["patch"] for budget in budgets])
     slope = _spread(rows, slopes)
     fixed = _spread(rows, {i: max(times[i] - slope[i] * loads[i], 0.0) for i in times})
@@ -70,6 +72,7 @@ def measure_costs(
     return CostModel(
         fixed=tuple(map(float, fixed)),
         slope=tuple(map(float, slope)),
+        alone_slope=tuple(map(float, _spread(rows, alone))) if alone else (),
         rows=tuple(map(int, rows)),
         eager_rows=tuple(eager_rows),
         eager_time=tuple(eager_time),
@@ -137,16 +140,24 @@ def _load(spec: TowerSpec, grids: Sequence[Grid]) -> float:
 
 def _slopes(
     spec: TowerSpec, budgets: Sequence[Budget], times: dict[int, float], loads: dict[int, float], timer: Timer
-) -> dict[int, float]:
-    """Microseconds per rows^2: one large image against usual ones in the same budget."""
+) -> tuple[dict[int, float], dict[int, float]]:
+    """Microseconds per rows^2: one large image against usual ones in the same budget. Then the same for the graphs of
+    packs of one segment, where there are any."""
     slopes: dict[int, float] = {}
+    alone: dict[int, float] = {}
     for index in _spaced(sorted(times), SLOPE_POINTS):
         grids = one_item(spec, budgets[index])
         more = _load(spec, grids) - loads[index]
         # A budget of one usual image has no other filling: nothing to learn.
         if more > loads[index]:
             slopes[index] = max(timer.replay(index, grids) - times[index], 0.0) / more
-    return slopes or {next(iter(times)): 0.0}
+            fixed = times[index] - slopes[index] * loads[index]
+            if timer.alone(index):
+                alone[index] = max(timer.replay(index, grids, alone=True) - fixed, 0.0) / _load(spec, grids)
+            else:
+                alone[index] = slopes[index]
+    differs = any(timer.alone(index) for index in alone)
+    return slopes or {next(iter(times)): 0.0}, alone if differs else {}
 
 
 def _eager_curve(

@@ -22,16 +22,20 @@ class EngineTimer:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._warm: set[int] = set()
+        self._warm: set[tuple[int, bool]] = set()
 
-    def replay(self, budget: int, grids: Sequence[Grid]) -> float:
+    def alone(self, budget: int) -> bool:
+        """Whether the budget has a graph for packs of one segment."""
+        return budget in self._engine.ladder.alone
+
+    def replay(self, budget: int, grids: Sequence[Grid], alone: bool = False) -> float:
         """Microseconds of one replay: the mean of a few in a row, on the device."""
         self._engine.stage(budget, grids)
-        graph = self._engine.captured(budget)
+        graph = self._engine.captured(budget, alone)
         once = 0.0
-        if budget not in self._warm:
+        if (budget, alone) not in self._warm:
             # The first launch of a graph also uploads it.
-            self._warm.add(budget)
+            self._warm.add((budget, alone))
             graph.replay()
             once = self._timed(graph.replay, 1)
             if once > ENOUGH_US:

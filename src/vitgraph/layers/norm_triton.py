@@ -1,7 +1,8 @@
 """Norm of a residual stream in one Triton kernel: add a sublayer's output, normalise, prepare the next residual.
 
-Per row, in fp32: `total = x + scale * delta`; the first result is `norm(total)`, the second `total + bias`, each rounded
-once. With the bias of the block's last GEMM in the second result, that GEMM adds product and residual in one write.
+Per row, in fp32: `total = x + scale * delta`; the first result is `norm(total)`, the second `total + bias`, each
+rounded once. With the bias of the block's last GEMM in the second result, that GEMM adds product and residual in one
+write.
 """
 
 from __future__ import annotations

@@ -123,6 +123,15 @@ class TowerSpec:
         """Everything that `Tower.forward` returns, in order."""
         return (OutputSpec("tokens", "token", self.width, self.levels), *self.extra_outputs)
 
+    def is_alone(self, counts: Counts) -> bool:
+        """Whether items with these counts are one segment in every segment set."""
+        return all(counts[kind] == 1 for kind in self._segment_kinds)
+
+    @cached_property
+    def _segment_kinds(self) -> tuple[str, ...]:
+        buffers = {buffer.name: buffer for buffer in self.buffers}
+        return tuple(buffers[s.name].rows for s in self.segments)
+
     @cached_property
     def load_sets(self) -> tuple[tuple[str, str], ...]:
         """Per segment set that only the budget bounds: the kinds that count its rows and its segments."""

@@ -21,12 +21,14 @@ class CostModel:
 
     A replay costs what its budget costs without attention, and its attention: `fixed[budget] + slope[budget] * load`.
     The load of a pack is the sum of its squared segment lengths, in rows^2, over the segment sets that no window
-    bounds: full attention is quadratic in the segment, everything else linear in the rows.
+    bounds: full attention is quadratic in the segment, everything else linear in the rows. A pack of one segment may
+    have a faster kernel, and then a slope of its own.
 
     Attributes:
         fixed: per budget, ascending as the budgets.
         slope: microseconds per rows^2 of load, per budget.
         rows: patch rows per budget.
+        alone_slope: as `slope`, for packs of one segment; empty when there is no difference.
         eager_rows, eager_time: curve of the eager forward at no load, piecewise linear; empty: eager is never chosen.
         measured: per budget whether it was timed; the others lie on lines between their neighbours.
         unit: "us", or "token" for a guess that only ranks plans.
@@ -38,6 +40,7 @@ class CostModel:
     eager_rows: tuple[int, ...] = ()
     eager_time: tuple[float, ...] = ()
     measured: tuple[bool, ...] = ()
+    alone_slope: tuple[float, ...] = ()
     unit: str = "us"
 
     @classmethod
@@ -47,16 +50,19 @@ class CostModel:
         rows = tuple(budget.capacity["patch"] for budget in budgets)
         return cls(fixed, (0.0,) * len(fixed), rows, measured=(False,) * len(fixed), unit="token")
 
-    def replay(self, budget: int, load: float) -> float:
-        """Time of a replay of the budget with this load."""
-        return self.fixed[budget] + self.slope[budget] * load
+    def replay(self, budget: int, load: float, alone: bool = False) -> float:
+        """Time of a replay of the budget with this load; `alone`: of one segment."""
+        return self.fixed[budget] + self._slope(budget, alone) * load
 
-    def eager(self, rows: int, load: float) -> float:
+    def _slope(self, budget: int, alone: bool) -> float:
+        return (self.alone_slope if alone and self.alone_slope else self.slope)[budget]
+
+    def eager(self, rows: int, load: float, alone: bool = False) -> float:
         """Time of the eager forward on buffers of exactly `rows` patch rows; infinite where no curve is known."""
         if not self.eager_rows:
             return float("inf")
         nearest = min(int(np.searchsorted(self.rows, rows)), len(self.rows) - 1)
-        return self._eager_fixed(rows) + self.slope[nearest] * load
+        return self._eager_fixed(rows) + self._slope(nearest, alone) * load
 
     def _eager_fixed(self, rows: int) -> float:
         known, times = self.eager_rows, self.eager_time

@@ -27,6 +27,8 @@ class CountRule(Protocol):
 
     def counts(self, grid: Grid) -> Counts: ...
 
+    def is_alone(self, counts: Counts) -> bool: ...
+
 
 class _Sized(NamedTuple):
     """A grid's rows by kind, as a dict and in the planner's order, and its attention load."""
@@ -103,9 +105,10 @@ class Planner:
 
     def _predicted(self, pack: Pack) -> float:
         load = sum(self._sized(piece.grid).load for piece in pack.pieces)
+        alone = self._rule.is_alone(pack.counts)
         if pack.budget is None:
-            return self._cost.eager(pack.counts["patch"], load)
-        return self._cost.replay(pack.budget, load)
+            return self._cost.eager(pack.counts["patch"], load, alone)
+        return self._cost.replay(pack.budget, load, alone)
 
     def _plan(self, grids: Sequence[Grid], split: bool, eager: bool) -> list[Pack]:
         if not grids:
@@ -153,7 +156,8 @@ class Planner:
         size, load = _sum([s.size for s in sized]), sum(s.load for s in sized)
         counts = dict(zip(self._kinds, size, strict=True))
         index = self._cost.cheapest(self._smallest(size), load)
-        if eager and self._cost.eager(counts["patch"], load) < self._cost.replay(index, load):
+        alone = self._rule.is_alone(counts)
+        if eager and self._cost.eager(counts["patch"], load, alone) < self._cost.replay(index, load, alone):
             return Pack(tuple(pieces), counts, None, EAGER_IS_FASTER)
         return Pack(tuple(pieces), counts, index)
 

@@ -1,0 +1,143 @@
+"""Choice by measurement: our kernel for any pack, another backend for a pack of one segment where that is faster."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitgraph.attention.base import Segments, VarlenAttention, tile_bound, write_tiles
+from vitgraph.attention.choices import load_times, save_times
+
+logger = logging.getLogger("vitgraph")
+
+CLASSES = (512, 1024, 2048, 4096, 8192, 16384)
+"""Rows of one segment that are measured."""
+
+MARGIN = 0.98
+"""Another backend must take less than this share of our kernel's time."""
+
+RUNS = 5
+
+
+class OptionalBackend(VarlenAttention, Protocol):
+    """A backend from a wheel of its own."""
+
+    @staticmethod
+    def version() -> str: ...
+
+
+class AutoAttention:
+    """Our kernel, and others for packs of one segment.
+
+    The first call outside a capture measures, once per GPU, versions, heads, head dim and dtype; the result is kept on
+    disk. Segment lengths that were not measured take the choice of the nearest one.
+
+    Args:
+        own: runs any pack.
+        others: candidates for packs of one segment.
+        device, dtype: of the tower.
+        time: microseconds of a call; for tests.
+    """
+
+    name = "auto"
+
+    def __init__(
+        self,
+        own: VarlenAttention,
+        others: Sequence[OptionalBackend],
+        device: torch.device,
+        dtype: torch.dtype,
+        time: Callable[[Callable[[], object]], float] | None = None,
+    ) -> None:
+        self.own, self.others = own, others
+        self._device, self._dtype = device, dtype
+        self._time = time or _device_time
+        self._chosen: dict[int, VarlenAttention] = {}
+
+    def block(self, rows: int, longest: int) -> int:
+        return self.own.block(rows, longest)
+
+    def alone(self, rows: int) -> bool:
+        """Whether a pack of one segment in a buffer of this many rows has a backend of its own."""
+        return self._choice(rows) is not self.own
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
+        if torch.compiler.is_compiling():
+            # Compiled code needs an operator that the compiler knows.
+            return self.own(q, k, v, segments, scale)
+        if not self._chosen and not torch.cuda.is_current_stream_capturing():
+            self._choose(q.shape[1], q.shape[2])
+        backend = self._choice(q.shape[0]) if segments.alone else self.own
+        return backend(q, k, v, segments, scale)
+
+    def describe(self) -> str:
+        """What was chosen, in a line."""
+        chosen = ", ".join(f"{rows} rows {backend.name}" for rows, backend in self._chosen.items())
+        return f"{self.own.name}; one segment: {chosen or 'not measured yet'}"
+
+    def _choice(self, rows: int) -> VarlenAttention:
+        if not self._chosen:
+            return self.own
+        return self._chosen[min(self._chosen, key=lambda known: abs(known.bit_length() - rows.bit_length()))]
+
+    def _choose(self, heads: int, head_dim: int) -> None:
+        key = self._key(heads, head_dim)
+        times = load_times(key)
+        if times is None:
+            times = {rows: self._measure(rows, heads, head_dim) for rows in CLASSES}
+            save_times(key, times)
+        candidates = {backend.name: backend for backend in (self.own, *self.others)}
+        for rows, own in times.items():
+            best = min(own, key=lambda name: own[name] * (1 if name == self.own.name else 1 / MARGIN))
+            self._chosen[rows] = candidates[best]
+        logger.info("attention for %s: %s", key, self.describe())
+
+    def _measure(self, rows: int, heads: int, head_dim: int) -> dict[str, float]:
+        """Microseconds by backend for one segment that fills a buffer."""
+        qkv = torch.randn(rows, 3, heads, head_dim, device=self._device, dtype=self._dtype)
+        segments = one_segment(rows, self.own.block(rows, rows), self._device)
+        q, k, v = qkv.unbind(1)
+        times = {}
+        for backend in (self.own, *self.others):
+            try:
+                times[backend.name] = self._time(lambda: backend(q, k, v, segments, head_dim**-0.5))  # noqa: B023
+            except Exception as error:  # a third-party kernel may refuse a shape in any way
+                if backend is self.own:
+                    raise
+                logger.warning("attention %s cannot run %d heads of %d: %s", backend.name, heads, head_dim, error)
+        return times
+
+    def _key(self, heads: int, head_dim: int) -> str:
+        gpu = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else str(self._device)
+        versions = [f"torch {torch.__version__}", *(f"{b.name} {b.version()}" for b in self.others)]
+        return " | ".join([gpu, *versions, f"{heads} x {head_dim}", str(self._dtype).removeprefix("torch.")])
+
+
+def one_segment(rows: int, block: int, device: torch.device) -> Segments:
+    """Segments of a buffer that one segment fills."""
+    ends = np.array([0, rows], np.int32)
+    tiles = None
+    if block:
+        schedule = np.zeros((tile_bound(rows, 1, block), 4), np.int32)
+        write_tiles(ends, rows, block, schedule)
+        tiles = torch.from_numpy(schedule).to(device)
+    return Segments(torch.from_numpy(ends).to(device), rows, tiles=tiles, block=block, alone=True)
+
+
+def _device_time(call: Callable[[], object]) -> float:
+    """Best of a few runs, after one that compiles."""
+    call()
+    best = float("inf")
+    for _ in range(RUNS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        best = min(best, start.elapsed_time(end) * 1e3)
+    return best

@@ -1,0 +1,110 @@
+"""FlashAttention-3 and -4 from their own wheels, where they are installed.
+
+Their kernels leave rows past the last segment unwritten, and load whole tiles of keys and values: what lies behind a
+segment is multiplied by zero, and 0 x NaN reaches the segment's rows. So the rows past the last segment are zeroed, in
+V before the kernel and in the result. A NaN in one segment may still reach its neighbour; our own kernel has no such
+case, and `attention="auto"` uses these backends for packs of one segment only.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from vitgraph.attention.base import Segments
+
+
+class Fa3Attention:
+    """FlashAttention-3 (wheel `fa3-fwd`): compute capability 8.x and 9.x, bf16."""
+
+    name = "fa3"
+
+    def block(self, rows: int, longest: int) -> int:
+        return 0
+
+    @staticmethod
+    def missing(device: torch.device, dtype: torch.dtype) -> str:
+        """Why it cannot run here; empty when it can."""
+        if find_spec("fa3_fwd_interface") is None:
+            return "the package fa3-fwd is not installed"
+        if dtype != torch.bfloat16:
+            return f"it takes bfloat16, not {dtype}"
+        return "" if _capability(device)[0] in (8, 9) else "it needs a GPU of compute capability 8.x or 9.x"
+
+    @staticmethod
+    def version() -> str:
+        return _version("fa3-fwd")
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
+        import fa3_fwd_interface
+
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        zero_tails(segments.cu_seqlens, v, out)
+        ends, longest = segments.cu_seqlens, segments.max_seqlen
+        fa3_fwd_interface._flash_attn_forward(
+            q, k, v, out_=out, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=longest, max_seqlen_k=longest,
+            softmax_scale=scale,
+        )  # fmt: skip
+        return out
+
+
+class Fa4Attention:
+    """FlashAttention-4 (wheel `flash-attn-4`, CuTe DSL): compiled on first use; compute capability 8.x to 12.x."""
+
+    name = "fa4"
+
+    def block(self, rows: int, longest: int) -> int:
+        return 0
+
+    @staticmethod
+    def missing(device: torch.device, dtype: torch.dtype) -> str:
+        """Why it cannot run here; empty when it can."""
+        if find_spec("flash_attn") is None or find_spec("flash_attn.cute") is None:
+            return "the package flash-attn-4 is not installed"
+        return "" if _capability(device)[0] >= 8 else "it needs a GPU of compute capability 8.0 or more"
+
+    @staticmethod
+    def version() -> str:
+        return _version("flash-attn-4")
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
+        from flash_attn.cute import flash_attn_varlen_func
+
+        zero_tails(segments.cu_seqlens, v)
+        ends, longest = segments.cu_seqlens, segments.max_seqlen
+        out = flash_attn_varlen_func(
+            q, k, v, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=longest, max_seqlen_k=longest,
+            softmax_scale=scale,
+        )  # fmt: skip
+        out = out[0] if isinstance(out, tuple) else out
+        zero_tails(segments.cu_seqlens, out)
+        return out
+
+
+def zero_tails(cu_seqlens: Tensor, *tensors: Tensor) -> None:
+    """Zeroes the rows past the last segment, in place.
+
+    Args:
+        cu_seqlens: `[S + 1]` int32.
+        tensors: `[T, H, Dh]`, heads and columns contiguous; rows may be strided.
+    """
+    from vitgraph.attention.tail_triton import zero_tail
+
+    for tensor in tensors:
+        zero_tail(tensor, cu_seqlens)
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"

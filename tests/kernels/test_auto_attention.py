@@ -1,0 +1,165 @@
+"""Choice of an attention backend by measurement, with made-up backends; the zeroing of rows past the last segment."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from attention_cases import make_segments
+from vitgraph import EncoderConfig, VisionEncoder
+from vitgraph.attention.auto import CLASSES, AutoAttention
+from vitgraph.attention.base import Segments, has_own_graph
+from vitgraph.attention.choices import cache_folder, load_times, save_times
+from vitgraph.attention.sdpa import SdpaAttention
+from vitgraph.attention.select import select_attention
+from vitgraph.core import Grid
+from vitgraph.errors import ConfigError
+
+CPU = torch.device("cpu")
+
+
+class Own(SdpaAttention):
+    """The reference under the name of our kernel; counts its calls."""
+
+    name = "triton"
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
+        self.calls += 1
+        return super().__call__(q, k, v, segments, scale)
+
+
+class Other(Own):
+    """A backend that is faster for long segments."""
+
+    name = "other"
+
+    def version(self) -> str:
+        return "1.0"
+
+
+class Broken(Other):
+    name = "broken"
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
+        raise RuntimeError("no such head dim")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("VITGRAPH_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+
+def clock(own: Own, other: Other, crossover: int):
+    """Times as if `other` won from `crossover` rows on."""
+    made = iter(CLASSES)
+    state = {"rows": 0, "turn": 0}
+
+    def time(call) -> float:
+        if state["turn"] == 0:
+            state["rows"] = next(made)
+        state["turn"] = (state["turn"] + 1) % 2
+        first = state["turn"] == 1
+        return 100.0 if first else (50.0 if state["rows"] >= crossover else 99.0)
+
+    return time
+
+
+def test_the_faster_backend_runs_packs_of_one_segment_and_no_others(caplog) -> None:
+    own, other = Own(), Other()
+    attention = AutoAttention(own, [other], CPU, torch.float32, clock(own, other, 4096))
+    assert not has_own_graph(attention, 16384), "nothing was measured yet"
+    qkv = torch.randn(64, 3, 2, 8)
+    segments = make_segments(64, [40, 24], 0)
+    with caplog.at_level(logging.INFO, "vitgraph"):
+        attention(*qkv.unbind(1), segments, 1.0)
+    assert (own.calls, other.calls) == (1, 0)
+    assert "4096 rows other" in caplog.text and "2048 rows triton" in caplog.text
+    assert [has_own_graph(attention, rows) for rows in (256, 2048, 4096, 5000, 40000)] == [
+        False, False, True, True, True,
+    ]  # fmt: skip
+
+
+def test_a_gain_within_the_margin_is_no_reason(caplog) -> None:
+    own, other = Own(), Other()
+    times = {rows: {"triton": 100.0, "other": 99.0} for rows in CLASSES}
+    attention = AutoAttention(own, [other], CPU, torch.float32)
+    save_times(attention._key(2, 8), times)
+    attention(*torch.randn(8, 3, 2, 8).unbind(1), make_segments(8, [8], 0), 1.0)
+    assert not attention.alone(16384)
+
+
+def test_choices_are_kept_on_disk_and_measured_once(tmp_path: Path) -> None:
+    own, other = Own(), Other()
+    qkv, segments = torch.randn(8, 3, 2, 8), make_segments(8, [8], 0)
+    AutoAttention(own, [other], CPU, torch.float32, clock(own, other, 1024))(*qkv.unbind(1), segments, 1.0)
+
+    def never(call) -> float:
+        raise AssertionError("measured again")
+
+    again = AutoAttention(own, [other], CPU, torch.float32, never)
+    again(*qkv.unbind(1), segments, 1.0)
+    assert again.alone(1024) and not again.alone(512)
+    assert cache_folder() == tmp_path
+    (entry,) = json.loads((tmp_path / "attention.json").read_text()).values()
+    assert entry["1024"] == {"triton": 100.0, "other": 50.0}
+    newer = AutoAttention(own, [other], CPU, torch.bfloat16)
+    assert load_times(newer._key(2, 8)) is None, "another dtype is another key"
+
+
+def test_a_broken_file_is_measured_again(tmp_path: Path, caplog) -> None:
+    (tmp_path / "attention.json").write_text("{")
+    assert load_times("key") is None
+    assert "cannot be read" in caplog.text
+    save_times("key", {1024: {"triton": 1.0}})
+    assert load_times("key") == {1024: {"triton": 1.0}}
+
+
+def test_a_backend_that_refuses_a_shape_is_left_out(caplog) -> None:
+    own = Own()
+    attention = AutoAttention(own, [Broken()], CPU, torch.float32, lambda call: (call(), 1.0)[1])
+    attention._measure = lambda rows, heads, dim: AutoAttention._measure(attention, 64, heads, dim)  # type: ignore
+    attention(*torch.randn(8, 3, 2, 8).unbind(1), make_segments(8, [8], 0), 1.0)
+    assert "no such head dim" in caplog.text
+    assert not attention.alone(16384)
+
+
+def test_the_engine_runs_both_forms(monkeypatch) -> None:
+    own, other = Own(), Other()
+    attention = AutoAttention(own, [other], CPU, torch.float32)
+    save_times(attention._key(4, 16), {rows: {"triton": 100.0, "other": 50.0} for rows in CLASSES})
+    monkeypatch.setattr("vitgraph.encoder.select_attention", lambda *_: attention)
+    encoder = VisionEncoder.from_config("qwen3_vl", device="cpu", config=EncoderConfig(budgets=(64,)))
+    one, two = [Grid(1, 8, 8)], [Grid(1, 8, 8), Grid(1, 4, 4)]
+    x = torch.randn(80, encoder.spec.patch_width)
+    several = encoder.encode_patches(x, two)
+    assert other.calls == 0
+    alone = encoder.encode_patches(x[:64], one)
+    assert other.calls == 3, "one per layer"
+    torch.testing.assert_close(alone[0].tokens, several[0].tokens, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["fa3", "fa4"])
+def test_flash_wheels_that_are_not_here_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"attention='{name}' needs CUDA"):
+        select_attention(name, CPU, torch.float32)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel is compiled there")
+@pytest.mark.parametrize("filled", [0, 5, 16, 33, 40])
+def test_tails_are_zeroed_in_place(filled: int) -> None:
+    pytest.importorskip("triton")
+    from vitgraph.attention.tail_triton import zero_tail
+
+    qkv = torch.full((40, 3, 5, 24), float("nan"))
+    zero_tail(qkv[:, 2], torch.tensor([0, filled // 2, filled], dtype=torch.int32))
+    assert (qkv[filled:, 2] == 0).all()
+    assert qkv[:filled].isnan().all() and qkv[:, :2].isnan().all()
