@@ -1,4 +1,4 @@
-"""Whole models whose vision module the generic backend runs: greedy generation before and after `vitgraph.accelerate`."""
+"""Whole models whose vision module the generic backend runs: generation before and after `vitgraph.accelerate`."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vitgraph.attention.base import Segments, VarlenAttention
 from vitgraph.errors import UnsupportedModuleError
+from vitgraph.integrations.transformers.host_reads import our_own_code
 
 ATTENTION_NAME = "vitgraph_flash_varlen"
 """Contains "flash": towers then pass packed rows with offsets instead of splitting them on the host."""
@@ -109,7 +110,8 @@ def attend(
     q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
     if attention.name != "sdpa":
         q, k, v = (x if x.stride(-1) == 1 and x.stride(1) == head else x.contiguous() for x in (q, k, v))
-    out = attention(q, k, v, cu_seq_lens_q.segments, head**-0.5 if scaling is None else scaling)
+    with our_own_code():
+        out = attention(q, k, v, cu_seq_lens_q.segments, head**-0.5 if scaling is None else scaling)
     return out.unsqueeze(0), None
 
 

@@ -35,6 +35,11 @@ TILES = ("pixel_values", "pixel_values_videos")
 MOST_FORMS = 4
 """Forms of call (size of the pictures, states asked for) that hold graphs; the least recently used one goes."""
 
+PATIENCE, MOST_ASKED = 8, 64
+"""Calls of a further form before it takes the place of another, and forms whose calls are counted."""
+
+TOO_MANY_FORMS = f"more than {MOST_FORMS} sizes of pictures or other forms of call"
+
 UNREAD = frozenset({"return_dict", "use_cache", "past_key_values", "cache_position", "logits_to_keep"})
 """Arguments of a language model that come along and that no vision tower reads."""
 
@@ -86,6 +91,7 @@ class GenericBackend:
         self._pixels, self._grid = first_parameter(module), GRID if GRID in _parameters(module) else ""
         self._engines: OrderedDict[CallForm, Engine] = OrderedDict()
         self._refused: dict[CallForm, str] = {}
+        self._asked: dict[CallForm, int] = {}
         self._released = False
         self._watch = WeightWatch(module)
         self._inner = [child for child in module.modules() if child is not module]
@@ -116,9 +122,11 @@ class GenericBackend:
             replaced = replaced_forward(self._inner)
             if replaced:
                 return f"{replaced} inside the module has a forward of its own"
-            if form not in self._engines and form not in self._refused:
+            if form in self._engines:
+                return ""
+            if form not in self._refused and self._worth_it(form):
                 self._try(form)
-            return self._refused.get(form, "")
+            return self._refused.get(form, "" if form in self._engines else TOO_MANY_FORMS)
 
     def run(self, arguments: Mapping[str, Any]) -> Any:
         form = self._form(arguments)
@@ -194,11 +202,19 @@ class GenericBackend:
             config = tile_settings(self._config, tiles.tokens_per_tile)
             return Engine(tiles.eval(), device, dtype, config, attention)
 
+    def _worth_it(self, form: CallForm) -> bool:
+        """Whether a new form gets graphs: at once while there is room, else when it has come often enough."""
+        self._asked[form] = self._asked.pop(form, 0) + 1
+        while len(self._asked) > MOST_ASKED:
+            del self._asked[next(iter(self._asked))]
+        return len(self._engines) < MOST_FORMS or self._asked[form] >= PATIENCE
+
     def _try(self, form: CallForm) -> None:
         try:
             self._add(self._make(form))
         except (UnsupportedModuleError, ConfigError) as error:
             self._refused[form] = str(error)
+        del self._asked[form]
 
     def _add(self, engine: Engine) -> None:
         self._engines[self._tower(engine).call] = engine

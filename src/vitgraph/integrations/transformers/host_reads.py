@@ -5,14 +5,13 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from vitgraph.errors import UnsupportedModuleError
 
 SHAPE_FROM_VALUES = {
     "aten::nonzero",
@@ -29,6 +28,11 @@ MASK_INDEXED = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_in
 HOST_CALLS = {"tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__array__"}
 MADE_ON_HOST = {"tensor", "as_tensor", "from_numpy"}
 LIBRARIES = ("/torch/", "/vitgraph/", "/numpy/")
+
+
+class HostRead(Exception):
+    """A forward does what no graph can hold; the message says what and where. No `TypeError`: torch's operators would
+    turn one into a message about operands."""
 
 
 class UnreadGrid(Tensor):
@@ -49,12 +53,25 @@ class UnreadGrid(Tensor):
         name = getattr(func, "__name__", str(func))
         if name == "__getitem__" and type(args[0]) is cls:
             return args[0]
-        raise UnsupportedModuleError(f"it reads the sizes of its items ({_read_as(func, name)}) {where()}")
+        raise HostRead(f"it reads the sizes of its items ({_read_as(func, name)}) {where()}")
+
+
+_ours: ContextVar[bool] = ContextVar("vitgraph_ours", default=False)
+
+
+@contextmanager
+def our_own_code() -> Iterator[None]:
+    """Within it nothing is refused: attention backends may measure and choose before they are captured."""
+    token = _ours.set(True)
+    try:
+        yield
+    finally:
+        _ours.reset(token)
 
 
 @contextmanager
 def refuse_host_reads() -> Iterator[None]:
-    """Within it, whatever a capture would refuse raises `UnsupportedModuleError` with the line that does it."""
+    """Within it, whatever a capture would refuse raises `HostRead` with the line that does it."""
     with _FunctionCheck(), _OperatorCheck():
         yield
 
@@ -75,11 +92,13 @@ class _FunctionCheck(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if _ours.get():
+            return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if name in HOST_CALLS and not _is_host_constant(args):
-            raise UnsupportedModuleError(f"it reads a value back from the device ({name}) {where()}")
+            raise HostRead(f"it reads a value back from the device ({name}) {where()}")
         if name in MADE_ON_HOST and kwargs.get("device") is not None and not isinstance(args[0], Tensor):
-            raise UnsupportedModuleError(f"it copies a value from the host ({name}) {where()}")
+            raise HostRead(f"it copies a value from the host ({name}) {where()}")
         return func(*args, **kwargs)
 
 
@@ -92,9 +111,9 @@ class _OperatorCheck(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name
-        reason = _refused(name, args, kwargs)
+        reason = "" if _ours.get() else _refused(name, args, kwargs)
         if reason:
-            raise UnsupportedModuleError(f"{reason} ({name.removeprefix('aten::')}) {where()}")
+            raise HostRead(f"{reason} ({name.removeprefix('aten::')}) {where()}")
         return func(*args, **kwargs)
 
 

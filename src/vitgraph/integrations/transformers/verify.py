@@ -15,12 +15,14 @@ from vitgraph.config import EncoderConfig
 from vitgraph.core import Grid
 from vitgraph.engine.engine import Engine
 from vitgraph.errors import UnsupportedModuleError
-from vitgraph.integrations.transformers.host_reads import refuse_host_reads, where
+from vitgraph.integrations.transformers.host_reads import HostRead, refuse_host_reads, where
 from vitgraph.integrations.transformers.module_tower import ModuleTower
 from vitgraph.models.contract import TowerBuffers
 
-TOLERANCE = {torch.float32: 1e-3}
+TOLERANCE = {torch.float32: 5e-3}
 HALF_TOLERANCE = 5e-2
+"""Largest relative error: far above rounding (convolutions may use TF32), far below what a mistake makes."""
+
 SEED = 0
 EXAMPLE_FAILS = "its forward fails on an example"
 
@@ -92,12 +94,9 @@ def verify(
 def _compare(name: str, own: Tensor, reference: Tensor, place: Place) -> None:
     if reference.dtype != place.dtype:
         raise UnsupportedModuleError(f"its output {name} is {reference.dtype}, its weights are {place.dtype}")
-    scale = reference.float().abs().amax().clamp(min=1e-6)
-    difference = (own.float() - reference.float()).abs().amax() / scale
+    difference = (own.float() - reference.float()).norm() / reference.float().norm().clamp(min=1e-6)
     if not bool(difference <= TOLERANCE.get(place.dtype, HALF_TOLERANCE)):
-        raise UnsupportedModuleError(
-            f"its output {name} differs by {float(difference):.1e} of its largest value when packed and padded"
-        )
+        raise UnsupportedModuleError(f"its output {name} differs by {float(difference):.1e} when packed and padded")
 
 
 class _Checked(ModuleTower):
@@ -117,6 +116,8 @@ class _Checked(ModuleTower):
                 return self._tower[0](buffers)
         except UnsupportedModuleError:
             raise
+        except HostRead as error:
+            raise UnsupportedModuleError(str(error)) from error
         except Exception as error:
             raise UnsupportedModuleError(f"its forward fails {where(error)}: {_first_line(error)}") from error
 

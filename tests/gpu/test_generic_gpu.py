@@ -1,0 +1,121 @@
+"""On a GPU: vision modules of Transformers in graphs of their own forward, bf16."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from vision_modules import GRID_CASES, TILE_CASES, Case, tensors_of
+from vitgraph.config import EncoderConfig
+
+pytest.importorskip("transformers")
+
+from vitgraph.core import Grid
+from vitgraph.integrations.transformers.generic import GenericBackend, generic_backend
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+CONFIG = EncoderConfig(budgets=(20, 70, 400), max_items=16, max_frames=32, lazy=True, measure=False)
+PICTURE_CONFIG = EncoderConfig(max_tokens=64, lazy=True, measure=False)
+CASES = [*GRID_CASES, *TILE_CASES]
+ERROR = 3e-2
+
+
+def build(case: Case, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.nn.Module, GenericBackend]:
+    try:
+        module = case.build().to("cuda", dtype)
+    except ImportError as error:
+        pytest.skip(str(error))
+    backend = generic_backend(module, CONFIG if case.grids else PICTURE_CONFIG)
+    assert isinstance(backend, GenericBackend)
+    return module, backend
+
+
+def on_device(case: Case, module: torch.nn.Module, seed: int = 0) -> dict[str, Any]:
+    """Rows on the device in the module's type, sizes on the host."""
+    given = case.arguments(module, seed)
+    dtype = next(module.parameters()).dtype
+    return {
+        k: v if k == "grid_thw" else v.to("cuda", dtype if v.is_floating_point() else v.dtype) for k, v in given.items()
+    }
+
+
+def run(backend: GenericBackend, arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
+    assert backend.refuse(arguments) == ""
+    return tensors_of(backend.run(arguments))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_replays_equal_the_modules_own_forward(case: Case) -> None:
+    module, backend = build(case)
+    for seed in range(3):
+        arguments = on_device(case, module, seed)
+        found = run(backend, arguments)
+        with torch.no_grad():
+            own = module(**{k: v.to("cuda") for k, v in arguments.items()})
+        expected = tensors_of(own)
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            error = (found[name].float() - tensor.float()).norm() / tensor.float().norm()
+            assert error < ERROR, (name, float(error))
+        for engine in backend.engines:
+            engine.poison_padding()
+    assert backend.stats.graph_replays >= 3 and backend.stats.captured_graphs and not backend.stats.fallbacks
+    backend.release()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_replay_equals_the_same_padded_forward_bitwise(case: Case) -> None:
+    module, backend = build(case)
+    arguments = on_device(case, module)
+    run(backend, arguments)
+    engine = backend.engines[-1]
+    pixels = next(iter(arguments.values())).flatten(0, 1 if case.batched else 0)
+    rows = pixels.reshape(len(pixels), -1)
+    grids = [Grid(*grid) for grid in case.grids] or [Grid(len(rows), 1, 1)]
+    parts = list(rows.split([grid.patches for grid in grids]))
+    replayed, padded = engine.run(parts, grids), engine.run(parts, grids, "padded")
+    for one, other in zip(replayed, padded, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    backend.release()
+
+
+@pytest.mark.parametrize("case", [GRID_CASES[0], GRID_CASES[2], TILE_CASES[5]], ids=str)
+def test_a_replay_does_not_wait_for_the_device(case: Case) -> None:
+    module, backend = build(case)
+    arguments = on_device(case, module)
+    run(backend, arguments)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(backend, arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    backend.release()
+
+
+@pytest.mark.parametrize("case", [GRID_CASES[0], TILE_CASES[5]], ids=str)
+def test_weights_that_move_bring_new_graphs(case: Case) -> None:
+    module, backend = build(case)
+    arguments = on_device(case, module)
+    before = run(backend, arguments)
+    for parameter in module.parameters():
+        parameter.data = parameter.data * 2
+    after = run(backend, arguments)
+    with torch.no_grad():
+        own = tensors_of(module(**{k: v.to("cuda") for k, v in arguments.items()}))
+    for name, tensor in own.items():
+        assert (after[name].float() - tensor.float()).norm() / tensor.float().norm() < ERROR
+        assert not torch.equal(after[name], before[name])
+    backend.release()
+
+
+def test_grids_on_the_device_are_read_back_as_the_module_does() -> None:
+    module, backend = build(GRID_CASES[0])
+    arguments = on_device(GRID_CASES[0], module)
+    host = run(backend, arguments)
+    device = run(backend, {k: v.to("cuda") for k, v in arguments.items()})
+    assert all(torch.equal(host[name], device[name]) for name in host)
+    backend.release()
