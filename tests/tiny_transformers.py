@@ -104,23 +104,30 @@ class TinyModel:
     vision: dict[str, Any] | None = None
     video: str = "frames"
     extra: dict[str, Any] | None = None
-    suffix: str = "ForConditionalGeneration"
 
-    def make(self, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """A model in eval mode whose every parameter is random, zeros and ones included."""
+    def classes(self) -> tuple[type, type]:
+        """The classes of its config and of the model."""
         package = f"transformers.models.{self.package}"
-        config_class = getattr(import_module(f"{package}.configuration_{self.package}"), self.name + "Config")
-        model_class = getattr(import_module(f"{package}.modeling_{self.package}"), self.name + self.suffix)
+        config = getattr(import_module(f"{package}.configuration_{self.package}"), self.name + "Config")
+        model = getattr(import_module(f"{package}.modeling_{self.package}"), self.name + "ForConditionalGeneration")
+        return config, model
+
+    def config(self) -> Any:
+        """A config of tiny sizes."""
         vision = self.vision
         if vision is None:
             whole = get_family(self.family).tiny()[0]
             vision = {**whole.get("thinker_config", whole)["vision_config"]}
             vision.pop("model_type")
-        config = config_class(text_config=dict(self.text), vision_config=vision, **(self.extra or {}))
+        config = self.classes()[0](text_config=dict(self.text), vision_config=vision, **(self.extra or {}))
         for name, token in (("image_", IMAGE), ("video_", VIDEO), ("vision_start_", START), ("vision_end_", END)):
             setattr(config, f"{name}token_id", token)
+        return config
+
+    def make(self, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """A model in eval mode whose every parameter is random, zeros and ones included."""
         torch.manual_seed(seed)
-        model = model_class(config).eval().to(dtype)
+        model = self.classes()[1](self.config()).eval().to(dtype)
         randomise(model, seed)
         return model
 
