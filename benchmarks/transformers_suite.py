@@ -5,8 +5,8 @@
 CHECKOUT is a checkout of Transformers, or an unpacked source distribution (`pip download --no-binary transformers
 --no-deps transformers==VERSION`), of the version that is installed. The suite needs the package `parameterized`.
 
-A few tests fail on the models as they are: the suite expects sizes of its own, and a source distribution lacks its tests
-of generation. What counts is that acceleration changes no outcome.
+A few tests fail on the models as they are: the suite expects sizes of its own, and a source distribution lacks tests of
+generation. What counts is that acceleration changes no outcome.
 """
 
 from __future__ import annotations
