@@ -224,3 +224,35 @@ def test_weights_made_under_inference_mode_are_refused() -> None:
         model = MODELS["qwen3_vl"].make()
     with pytest.raises(UnsupportedModuleError, match="inference_mode"):
         vitgraph.accelerate(model, CONFIG, backend="native")
+
+
+def change_norm(tower: nn.Module) -> None:
+    tower.blocks[0].norm1.eps = 1.0
+
+
+def change_rotary(tower: nn.Module) -> None:
+    tower.rotary_pos_emb.inv_freq *= 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spoil", [change_rotary, change_norm])
+def test_a_tower_that_differs_from_its_module_is_found_out_by_the_first_call(spoil, dtype, caplog) -> None:
+    model = MODELS["qwen3_vl"].make(dtype=dtype)
+    tower = vision_module(model)
+    spoil(tower)
+    vitgraph.accelerate(model, CONFIG, backend="native")
+    for _ in range(2):
+        fast, own = both(tower, "qwen3_vl", dtype)
+        assert torch.equal(fast, own)
+    ((reason, times),) = vitgraph.acceleration(model).fallbacks.items()
+    assert "differs from the module's own by" in reason and times == 2
+    assert len(caplog.records) == 1
+
+
+def test_values_that_are_not_finite_are_not_judged() -> None:
+    _, tower = accelerated("qwen3_vl")
+    inputs = tower_inputs("qwen3_vl", IMAGES)
+    inputs["hidden_states"][:24] = float("nan")
+    with torch.no_grad():
+        assert tower(**inputs).pooler_output[:6].isnan().all()
+    check(tower, "qwen3_vl", calls=2)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from vitgraph.config import EncoderConfig
-from vitgraph.errors import EngineReleasedError, FallbackError, PatchError
+from vitgraph.errors import EngineReleasedError, FallbackError, PatchError, UnsupportedModuleError
 from vitgraph.integrations.transformers.backend import Backend
 from vitgraph.integrations.transformers.fallbacks import CAPTURING, COMPILING, refuse_state
 from vitgraph.integrations.transformers.watch import HookWatch, TreeWatch
@@ -81,6 +81,8 @@ class AcceleratedForward:
                 outputs = self.backend.run(arguments)
             except PatchError:
                 reason = "rows and grids do not fit the tower"
+            except UnsupportedModuleError as error:
+                reason = str(error)
             except EngineReleasedError:
                 reason = "another thread restored the model or moved its weights"
             else:

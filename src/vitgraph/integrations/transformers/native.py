@@ -12,9 +12,11 @@ from torch import nn
 
 from vitgraph.attention.select import select_attention
 from vitgraph.config import EncoderConfig
+from vitgraph.core import Grid
 from vitgraph.engine.engine import Engine, Progress
 from vitgraph.engine.stats import Stats
 from vitgraph.errors import ConfigError, EngineReleasedError, UnsupportedModuleError
+from vitgraph.integrations.transformers.agreement import disagreement
 from vitgraph.integrations.transformers.backend import Backend
 from vitgraph.integrations.transformers.calls import CALLS, Call
 from vitgraph.integrations.transformers.native_families import NativeFamily, native_family, native_names
@@ -59,6 +61,7 @@ class NativeBackend:
         self._engine: Engine | None = None
         self._weights: TowerWeights | None = None
         self._broken = ""
+        self._agrees = False
         self.copied_bytes = 0
         self._build()
 
@@ -89,7 +92,22 @@ class NativeBackend:
             if engine is None:
                 raise EngineReleasedError("the model was restored; call vitgraph.accelerate again.")
             rows, grids = call.split(arguments)
-            return call.join(engine.run(rows, grids), arguments)
+            output = call.join(engine.run(rows, grids), arguments)
+            if not self._agrees:
+                self._compare(arguments, grids[0], output)
+            return output
+
+    def _compare(self, arguments: Mapping[str, Any], grid: Grid, output: Any) -> None:
+        """Holds the first call of a tower to the module's own forward.
+
+        Raises:
+            UnsupportedModuleError: they differ; later calls are refused with the same reason.
+        """
+        reason = disagreement(self._module, arguments, grid, output)
+        if reason:
+            self._broken = reason
+            raise UnsupportedModuleError(reason)
+        self._agrees = True
 
     def capture(self, progress: Progress | None = None) -> None:
         with self._lock, torch.inference_mode(False):
@@ -139,4 +157,4 @@ class NativeBackend:
             self._engine = Engine(tower.eval(), device, dtype, self._config, attention)
         output = getattr(sys.modules[type(self._module).__module__], self._row.output)
         self._call: Call = CALLS[self._row.call](tower.spec, output, module.config)
-        self._broken = ""
+        self._broken, self._agrees = "", False

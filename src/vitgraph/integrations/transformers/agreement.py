@@ -1,0 +1,62 @@
+"""Whether a tower computes what its module computes: checked once, on the first item of the first call.
+
+A table of classes cannot know what the next version of Transformers changes inside of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitgraph.core import Grid
+
+MOST_FP32 = 1e-3
+MOST_HALF = 0.15
+"""Largest |tower - module| / |module|. Two roundings to bfloat16 of a deep tower lie a few hundredths apart; another
+rotation, order or norm gives several tenths."""
+
+
+def disagreement(module: nn.Module, arguments: Mapping[str, Any], grid: Grid, output: Any) -> str:
+    """Runs the module's own forward on the first item; says what differs, or nothing.
+
+    Waits for the device. Values that are not finite are not judged.
+
+    Args:
+        module: whose class's forward is the reference.
+        arguments: of the call.
+        grid: of its first item.
+        output: what the tower made of the whole call.
+    """
+    with torch.no_grad():
+        want = type(module).forward(module, **_first_item(arguments, grid))
+    for name, own, theirs in _pairs(output, want):
+        theirs = theirs.float()
+        error = float((own[: len(theirs)].float() - theirs).norm() / theirs.norm())
+        if error > (MOST_FP32 if own.dtype == torch.float32 else MOST_HALF):
+            return f"the tower's {name} differs from the module's own by {error:.1e}: is this Transformers too new?"
+    return ""
+
+
+def _first_item(arguments: Mapping[str, Any], grid: Grid) -> dict[str, Any]:
+    """The same call with the first item alone."""
+    grids = arguments.get("grid_thw")
+    pixels = next(name for name in ("hidden_states", "pixel_values") if name in arguments)
+    if grids is None:
+        return {pixels: arguments[pixels][:1]}
+    rows: Tensor = arguments[pixels]
+    # Rows may come in another shape, but always patch after patch.
+    width = rows.numel() // int(sum(t * h * w for t, h, w in grids.tolist()))
+    first = rows.reshape(-1)[: grid.patches * width].view(-1, *rows.shape[1:])
+    return {pixels: first, "grid_thw": grids[:1]}
+
+
+def _pairs(output: Any, want: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
+    for name, theirs in want.items():
+        own = output[name]
+        if isinstance(theirs, Tensor):
+            yield name, own, theirs
+        elif isinstance(theirs, list):
+            yield from ((f"{name}[{i}]", a, b) for i, (a, b) in enumerate(zip(own, theirs, strict=True)))
