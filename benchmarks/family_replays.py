@@ -1,6 +1,6 @@
 """Replay time of every family at two budgets: plain kernels in a graph, and the product's.
 
-    python benchmarks/families.py [--json FILE]
+    python benchmarks/family_replays.py [--json FILE]
 
 Needs a CUDA device. Budgets of about 256 and 1024 tokens filled with usual images. Random weights and pixels.
 """
