@@ -18,6 +18,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "tests"))
 
+import vitgraph  # noqa: E402
 from vision_modules import GRID_CASES, REFUSED_CASES, TILE_CASES, Case, tensors_of  # noqa: E402
 from vitgraph.config import EncoderConfig  # noqa: E402
 from vitgraph.core import Grid  # noqa: E402
@@ -25,6 +26,7 @@ from vitgraph.errors import UnsupportedModuleError  # noqa: E402
 from vitgraph.integrations.transformers.generic import GenericBackend, generic_backend, is_vision_module  # noqa: E402
 from vitgraph.integrations.transformers.module_tower import ModuleTower  # noqa: E402
 from vitgraph.integrations.transformers.native import is_native_module  # noqa: E402
+from vitgraph.integrations.transformers.native_families import NATIVE  # noqa: E402
 
 transformers = pytest.importorskip("transformers")
 
@@ -32,6 +34,7 @@ PAGE = ROOT / "docs" / "transformers_towers.md"
 CONFIG = EncoderConfig(budgets=(20, 70, 100), max_items=8, max_frames=16, lazy=True)
 PICTURE_CONFIG = EncoderConfig(max_tokens=64, lazy=True)
 CAPTURED = [*GRID_CASES, *TILE_CASES]
+NATIVE_FOLDERS = {row.module for row in NATIVE}
 
 
 def build(case: Case) -> nn.Module:
@@ -55,7 +58,7 @@ def run(backend: GenericBackend, arguments: dict[str, Any]) -> dict[str, torch.T
 
 
 def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
+    assert list(found) == list(expected)
     for name, tensor in expected.items():
         assert found[name].shape == tensor.shape and found[name].dtype == tensor.dtype, name
         bound = 2e-5 * max(float(tensor.abs().max()), 1.0)
@@ -95,6 +98,32 @@ def test_items_together_equal_items_one_by_one(case: Case) -> None:
             alone = {pixels: own.unsqueeze(0) if case.batched else own, "grid_thw": torch.tensor([grid])}
             expected.append(run(backend, alone))
             assert_close(expected[-1], tensors_of(module(**alone)))
+
+
+@pytest.mark.parametrize("case", [case for case in CAPTURED if case.folder not in NATIVE_FOLDERS], ids=str)
+def test_accelerate_takes_the_module_and_restore_gives_it_back(case: Case) -> None:
+    module = build(case)
+    arguments = case.arguments(module, seed=2, pictures=3)
+    with torch.no_grad():
+        expected = tensors_of(module(**arguments))
+        with vitgraph.accelerated(module, CONFIG if case.grids else PICTURE_CONFIG):
+            assert_close(tensors_of(module(**arguments)), expected)
+            (report,) = vitgraph.acceleration(module).modules.values()
+            assert (report.backend, report.calls, report.fallbacks) == ("generic", 1, {})
+            assert isinstance(module(**arguments, return_dict=False), tuple)
+        restored = tensors_of(module(**arguments))
+    assert "forward" not in module.__dict__
+    assert all(torch.equal(restored[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("case", [GRID_CASES[0], GRID_CASES[2], GRID_CASES[9]], ids=str)
+def test_hidden_states_of_packed_rows_are_returned(case: Case) -> None:
+    module, backend = captured(case)
+    arguments = {**case.arguments(module, seed=3), "output_hidden_states": True}
+    with torch.no_grad():
+        expected = tensors_of(module(**arguments))
+    assert any(name.startswith("hidden_states") for name in expected)
+    assert_close(run(backend, arguments), expected)
 
 
 @pytest.mark.parametrize("case", REFUSED_CASES, ids=str)

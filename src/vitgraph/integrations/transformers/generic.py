@@ -133,13 +133,18 @@ class GenericBackend:
         assert isinstance(form, CallForm), "run() follows refuse()"
         # Static buffers outlive the caller's inference mode, in which no tensor that does may be made.
         with torch.inference_mode(False), torch.no_grad(), self._lock:
-            engine = self._engines[form]
+            engine = self._engines.get(form)
+            if engine is None:
+                raise PatchError("another thread's calls took the place of this form")
             self._engines.move_to_end(form)
             rows, grids = self._split(arguments, form, engine)
             return self._tower(engine).build(engine.run(rows, grids))
 
     def capture(self, progress: Progress | None = None) -> None:
         with self._lock, torch.inference_mode(False):
+            self._follow()
+            if not self._engines and not self._released:
+                self._add(self._make(None))
             for engine in self._engines.values():
                 engine.capture(progress)
 

@@ -6,6 +6,7 @@ An engine's output is `[levels, rows, width]`; a module's may be any nest of cla
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -160,5 +161,9 @@ def _rebuild(tree: Any, tensor: Callable[[str], Tensor]) -> Any:
         return tensor(rest[0])
     kind, children = rest
     if what == "fields":
-        return kind(**{key: _rebuild(child, tensor) for key, child in children})
+        built = kind(**{key: _rebuild(child, tensor) for key, child in children})
+        for key, _ in children if isinstance(built, OrderedDict) else ():
+            # Fields that Transformers adds to an output later come last, wherever the class lists them.
+            built.move_to_end(key)
+        return built
     return kind(_rebuild(child, tensor) for child in children)
