@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,44 @@ def test_two_models_do_not_mix() -> None:
     vitgraph.restore(models[0])
     encode(models[0]), encode(models[1])
     assert vitgraph.acceleration(models[1]).modules["model.visual"].calls == 3
+
+
+def test_threads_share_an_accelerated_model(model: nn.Module) -> None:
+    inputs = [tower_inputs(NAME, IMAGES[: 1 + seed % 3], seed) for seed in range(12)]
+    tower = vision_module(model)
+
+    def run(one: dict[str, torch.Tensor]) -> torch.Tensor:
+        with torch.no_grad():
+            return tower(**one).pooler_output
+
+    want = [run(one) for one in inputs]
+    vitgraph.accelerate(model, CONFIG)
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(run, inputs * 3))
+    for a, b in zip(got, want * 3, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert vitgraph.acceleration(model).modules["model.visual"].calls == 36
+
+
+def test_restoring_in_another_thread_breaks_no_call(model: nn.Module) -> None:
+    want = encode(model)
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(5):
+            vitgraph.accelerate(model, CONFIG)
+            calls = [pool.submit(encode, model) for _ in range(6)]
+            vitgraph.restore(model)
+            for call in calls:
+                torch.testing.assert_close(call.result(), want, rtol=1e-4, atol=1e-5)
+
+
+def test_pixels_of_another_dtype_are_cast_as_before() -> None:
+    model = MODELS[NAME].make(dtype=torch.bfloat16)
+    want = encode(model)
+    vitgraph.accelerate(model, CONFIG)
+    got = encode(model)
+    assert got.dtype == want.dtype == torch.bfloat16
+    assert ((got - want).float().norm() / want.float().norm()).item() < 0.05
+    assert vitgraph.acceleration(model).fallbacks == {}
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])

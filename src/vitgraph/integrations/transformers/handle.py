@@ -19,7 +19,7 @@ class ModuleReport:
     """One vision module.
 
     Attributes:
-        module: name of its class.
+        class_name: of the module; empty when it was left unchanged.
         backend: "native", "generic", or "" when it was left unchanged.
         reason: why it was left unchanged.
         calls: calls that the backend ran.
@@ -28,7 +28,7 @@ class ModuleReport:
         stats: counters of the engine; its own `fallbacks` are packs without a graph.
     """
 
-    module: str
+    class_name: str
     backend: str
     reason: str
     calls: int
@@ -109,7 +109,7 @@ class Acceleration:
         for name, r in self.modules.items():
             megabytes = (f"{n / 1e6:.1f}" for n in (r.stats.graph_bytes, r.stats.static_bytes, r.copied_bytes))
             counts = (str(n) for n in (r.calls, sum(r.fallbacks.values()), r.stats.captured_graphs))
-            rows.append((name, r.module, r.backend or "unchanged", *counts, *megabytes))
+            rows.append((name, r.class_name, r.backend or "unchanged", *counts, *megabytes))
             notes += [f"{name}: left unchanged: {r.reason}"] * bool(r.reason)
             notes += [f"{name}: {n} x own forward: {reason}" for reason, n in r.fallbacks.items()]
             notes += [f"{name}: {n} x no graph: {reason}" for reason, n in r.stats.fallbacks.items()]
