@@ -50,7 +50,7 @@ FLAGS = {
         "--video-min-pixels",
         "--video-max-pixels",
     },
-    "inspect": {"--dtype", "--time", "--json"},
+    "inspect": {"--dtype", "--time", "--plot", "--force", "--json"},
     "bench": {
         "--geometry",
         "--workload",

@@ -60,3 +60,9 @@ def test_timing_needs_a_gpu(run, tiny_qwen3):
     result = run("inspect", tiny_qwen3, "--time")
     assert result.exit_code == 2
     assert "no CUDA device" in result.output
+
+
+def test_a_plot_needs_timing(run, tiny_qwen3, tmp_path):
+    result = run("inspect", tiny_qwen3, "--plot", tmp_path / "costs.png")
+    assert result.exit_code == 2
+    assert "give both" in result.output

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from rich.console import Console
 
 from vitgraph.bench.curve import costs_as_dict, costs_table, crossover_text
+from vitgraph.bench.plot import plot_costs
 from vitgraph.planning.budgets import Budget
 from vitgraph.planning.cost import CostModel
 
@@ -38,3 +40,13 @@ def test_the_table_holds_the_ends_of_the_ladder() -> None:
     for number in ("64", "2560", "10240", f"{(1000 + 10240 + 1e-4 * 10240**2) / 1e3:.2f}"):
         assert number in text
     assert len(text.splitlines()) < 30
+
+
+def test_the_plot_is_a_picture(tmp_path) -> None:
+    PIL = pytest.importorskip("PIL.Image")
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "costs.png"
+    plot_costs(costs_as_dict(COST, BUDGETS), path, "a tower")
+    with PIL.open(path) as picture:
+        assert picture.size == (1120, 630)
+        assert len(picture.convert("RGB").getcolors(1 << 20)) > 20

@@ -1,4 +1,4 @@
-"""A picture of a benchmark: grouped bars of the median time, one panel per workload."""
+"""Pictures: a benchmark as grouped bars of the median time, measured costs as curves."""
 
 from __future__ import annotations
 
@@ -73,3 +73,43 @@ def _draw_panel(panel: Any, rows: Sequence[Result]) -> None:
     panel.invert_yaxis()
     panel.set_title(workload_title(rows), fontsize=9, loc="left")
     panel.spines[["top", "right"]].set_visible(False)
+
+
+def plot_costs(costs: dict[str, Any], path: Path, title: str) -> None:
+    """Writes a PNG of measured costs, both axes logarithmic: replays by patches, and the eager forward.
+
+    Args:
+        costs: from `curve.costs_as_dict`; not empty.
+        path: of the picture.
+        title: above it.
+    """
+    check_plot_extra()
+    from matplotlib.figure import Figure
+
+    budgets = costs["budgets"]
+    rows = [b["patches"] for b in budgets]
+    plain = [b["fixed_us"] / 1e3 for b in budgets]
+    one_image = [(b["fixed_us"] + b["us_per_load"] * b["patches"] ** 2) / 1e3 for b in budgets]
+    figure = Figure(figsize=(8, 4.5), dpi=140, layout="constrained")
+    panel = figure.subplots()
+    panel.plot(rows, one_image, color=COLOURS["graph"], label="replay, one image that fills the budget")
+    panel.plot(rows, plain, color=COLOURS["padded"], label="replay without attention between patches")
+    timed = [(b["patches"], b["fixed_us"] / 1e3) for b in budgets if b["measured"]]
+    panel.plot(*zip(*timed, strict=True), ".", color=COLOURS["padded"], markersize=3)
+    if costs["eager"]:
+        eager = [(point["patches"], point["us"] / 1e3) for point in costs["eager"]]
+        panel.plot(*zip(*eager, strict=True), "o-", color=COLOURS["eager"], markersize=4, label="eager without attention between patches")
+    if costs["crossover_patches"] is not None:
+        panel.axvline(costs["crossover_patches"], color="#999999", linewidth=0.8, linestyle="--")
+    panel.set_xscale("log", base=2)
+    panel.set_yscale("log")
+    panel.xaxis.set_major_formatter("{x:.0f}")
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.yaxis.set_minor_formatter("{x:g}")
+    panel.tick_params(labelsize=8, which="both")
+    panel.set_xlabel("patches (points: budgets that were timed)", fontsize=9)
+    panel.set_ylabel("ms", fontsize=9)
+    panel.set_title(title, fontsize=11, loc="left", fontweight="bold")
+    panel.legend(fontsize=8, frameon=False)
+    panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitgraph.commands.outputs import console, human_bytes
+from vitgraph.commands.outputs import check_writable, console, human_bytes
 from vitgraph.commands.settings import with_encoder_flags
 from vitgraph.config import EncoderConfig
+from vitgraph.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +35,10 @@ def inspect(
     time_budgets: Annotated[
         bool, typer.Option("--time", help="Also capture on CUDA, time the budgets and show what they cost.")
     ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="With --time: also draw the costs as PNG into this file.", metavar="FILE")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file of --plot.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Show a checkpoint's tower, its budgets, its static buffers and the memory they take.
@@ -43,6 +49,8 @@ def inspect(
     from vitgraph.bench.curve import costs_as_dict, costs_table
     from vitgraph.encoder import VisionEncoder
 
+    _check_plot(plot, time_budgets, force)
+
     # Nothing runs, so a backend that needs a GPU is no reason to refuse.
     chosen, config = config, replace(config, attention="auto")
     with VisionEncoder.from_pretrained(model, device="cpu", dtype=dtype or "bfloat16", config=config) as encoder:
@@ -50,12 +58,28 @@ def inspect(
     measured = _time_budgets(model, dtype, chosen) if time_budgets else None
     if measured is not None:
         facts["costs"] = costs_as_dict(*measured)
+        if plot is not None:
+            from vitgraph.bench.plot import plot_costs
+
+            plot_costs(facts["costs"], plot, model)
     if as_json:
         print(json.dumps(facts, indent=2))
         return
     _print(model, facts)
     if measured is not None:
         console().print(costs_table(*measured))
+
+
+def _check_plot(plot: Path | None, time_budgets: bool, force: bool) -> None:
+    """Refuses what can be refused before any time is spent."""
+    if plot is None:
+        return
+    if not time_budgets:
+        raise ConfigError("--plot draws what --time measures; give both.")
+    from vitgraph.bench.plot import check_plot_extra
+
+    check_plot_extra()
+    check_writable(plot, force)
 
 
 def _time_budgets(model: str, dtype: str | None, config: EncoderConfig) -> tuple[CostModel, Sequence[Budget]]:
