@@ -134,6 +134,9 @@ def test_eager_runs_only_where_it_is_predicted_faster() -> None:
     (large,) = planner.plan([Grid(1, 32, 32)])
     assert (large.budget, large.reason) == (None, EAGER_IS_FASTER)
     assert planner.predicted([large]) == pytest.approx(2000.0)
+    near = CostModel((100.0, 2050.0), (0.0, 0.0), rows_of(budgets), (0, 2048), (1000.0, 3000.0))
+    (replayed,) = Planner(RULE, budgets, near).plan([Grid(1, 32, 32)])
+    assert replayed.budget == 1, "a gain within the margin is no reason"
     (kept,) = planner.plan([Grid(1, 32, 32)], eager=False)
     assert kept.budget == 1
     assert cost.crossover == 2048

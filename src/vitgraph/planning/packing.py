@@ -13,6 +13,9 @@ from vitgraph.planning.cost import CostModel, load_of
 from vitgraph.planning.search import Prices, Size, cheapest_groups
 
 EAGER_IS_FASTER = "eager is predicted to be faster"
+EAGER_MARGIN = 0.97
+"""Eager must take less than this share of the replay: it keeps the host busy and needs memory of its own."""
+
 MOST_SIZES, MOST_PLANS, MOST_PLANNED_ITEMS = 65536, 1024, 128
 
 
@@ -157,7 +160,8 @@ class Planner:
         counts = dict(zip(self._kinds, size, strict=True))
         index = self._cost.cheapest(self._smallest(size), load)
         alone = self._rule.is_alone(counts)
-        if eager and self._cost.eager(counts["patch"], load, alone) < self._cost.replay(index, load, alone):
+        replay = self._cost.replay(index, load, alone)
+        if eager and self._cost.eager(counts["patch"], load, alone) < EAGER_MARGIN * replay:
             return Pack(tuple(pieces), counts, None, EAGER_IS_FASTER)
         return Pack(tuple(pieces), counts, index)
 
