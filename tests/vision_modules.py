@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 
 SMALL: Mapping[str, Any] = {
@@ -45,6 +47,7 @@ class Case:
         mask: trailing shape of the mask that callers give for whole pictures.
         limit: what it cannot do, for the documentation.
         reason: what the refusal says, for modules that cannot be captured.
+        since: oldest Transformers whose module can be captured; "" where every supported one can.
     """
 
     folder: str
@@ -56,12 +59,19 @@ class Case:
     mask: tuple[int, ...] = ()
     limit: str = ""
     reason: str = ""
+    since: str = ""
 
     def __str__(self) -> str:
         return f"{self.folder}-{self.name}"
 
     def build(self) -> nn.Module:
-        """The module in evaluation mode, every parameter random. Raises ImportError where Transformers lacks it."""
+        """The module in evaluation mode, every parameter random.
+
+        Raises:
+            ImportError: the installed Transformers lacks it, or has one that cannot be captured yet.
+        """
+        if Version(transformers.__version__) < Version(self.since or "0"):
+            raise ImportError(f"{self.name} can be captured since {self.since}")
         modeling = import_module(f"transformers.models.{self.folder}.modeling_{self.folder}")
         module_class = getattr(modeling, self.name, None)
         if module_class is None:
@@ -116,6 +126,7 @@ def tensors_of(output: Any) -> dict[str, Tensor]:
 
 
 QWEN = (1176,)
+RECENT = "5.23"
 GRID_CASES = (
     Case("cohere_compass", "CohereCompassVisionModel", row=QWEN, grids=GRIDS),
     Case("ernie4_5_vl_moe", "Ernie4_5_VLMoeVisionTransformerPretrainedModel", row=(588,), grids=GRIDS),
@@ -126,7 +137,7 @@ GRID_CASES = (
         "kimi_k25", "Kimi_K25VisionModel", row=(3, 14, 14), grids=IMAGES,
         limit="images; clips of several frames run its own forward",
     ),
-    Case("minimax_m3_vl", "MiniMaxM3VLVisionModel", row=QWEN, grids=GRIDS),
+    Case("minimax_m3_vl", "MiniMaxM3VLVisionModel", row=QWEN, grids=GRIDS, since=RECENT),
     Case("muse_glimmer", "MuseGlimmerVisionModel", row=QWEN, grids=GRIDS),
     Case("muse_spark", "MuseSparkVisionModel", row=QWEN, grids=GRIDS),
     Case("paddleocr_vl", "PaddleOCRVisionModel", row=(3, 14, 14), batched=True, grids=GRIDS),
@@ -159,7 +170,7 @@ TILE_CASES = (
     Case("chinese_clip", "ChineseCLIPVisionModel"),
     Case("clip", "CLIPVisionModel"),
     Case("clipseg", "CLIPSegVisionModel"),
-    Case("deepseek_ocr2", "DeepseekOcr2SamVisionEncoder"),
+    Case("deepseek_ocr2", "DeepseekOcr2SamVisionEncoder", since=RECENT),
     Case("deit", "DeiTModel"),
     Case("dinov2", "Dinov2Model"),
     Case("dinov2_with_registers", "Dinov2WithRegistersModel"),
@@ -167,11 +178,11 @@ TILE_CASES = (
     Case("dpt", "DPTModel"),
     Case("flava", "FlavaImageModel"),
     Case("git", "GitVisionModel"),
-    Case("got_ocr2", "GotOcr2VisionEncoder"),
+    Case("got_ocr2", "GotOcr2VisionEncoder", since=RECENT),
     Case("granite_docling", "GraniteDoclingVisionModel"),
     Case("groupvit", "GroupViTVisionModel"),
-    Case("idefics2", "Idefics2VisionTransformer", mask=(4, 4), limit=WHOLE),
-    Case("idefics3", "Idefics3VisionTransformer", mask=(4, 4), limit=WHOLE),
+    Case("idefics2", "Idefics2VisionTransformer", mask=(4, 4), limit=WHOLE, since=RECENT),
+    Case("idefics3", "Idefics3VisionTransformer", mask=(4, 4), limit=WHOLE, since=RECENT),
     Case("ijepa", "IJepaModel"),
     Case("instructblip", "InstructBlipVisionModel"),
     Case("instructblipvideo", "InstructBlipVideoVisionModel"),
@@ -184,7 +195,7 @@ TILE_CASES = (
     Case("ovis2", "Ovis2VisionModel"),
     Case("owlv2", "Owlv2VisionModel"),
     Case("owlvit", "OwlViTVisionModel"),
-    Case("phi4_multimodal", "Phi4MultimodalVisionModel", mask=(4, 4), limit=WHOLE),
+    Case("phi4_multimodal", "Phi4MultimodalVisionModel", mask=(4, 4), limit=WHOLE, since=RECENT),
     Case("pixio", "PixioModel"),
     Case("qianfan_ocr", "QianfanOCRVisionModel", {"image_size": (56, 56), "patch_size": (14, 14)}),
     Case("radio", "RadioModel"),
@@ -193,7 +204,7 @@ TILE_CASES = (
     Case("sam_hq", "SamHQVisionModel"),
     Case("sapiens2", "Sapiens2Model"),
     Case("siglip", "SiglipVisionModel"),
-    Case("smolvlm", "SmolVLMVisionTransformer", mask=(4, 4), limit=WHOLE),
+    Case("smolvlm", "SmolVLMVisionTransformer", mask=(4, 4), limit=WHOLE, since=RECENT),
     Case("timesformer", "TimesformerModel", {"num_frames": 4}, row=(4, 3, 56, 56)),
     Case("tipsv2", "Tipsv2VisionModel"),
     Case("unlimited_ocr", "UnlimitedOcrSamVisionEncoder"),

@@ -9,9 +9,6 @@ import torch
 
 from vision_modules import GRID_CASES, TILE_CASES, Case, tensors_of
 from vitgraph.config import EncoderConfig
-
-pytest.importorskip("transformers")
-
 from vitgraph.core import Grid
 from vitgraph.integrations.transformers.generic import GenericBackend, generic_backend
 

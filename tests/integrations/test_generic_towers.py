@@ -182,7 +182,9 @@ def _row(case: Case) -> tuple[str, ...]:
         "packed patch rows" if tower.call.grid else "pictures of one size"
     )
     outputs = ", ".join(f"`{name}`" for name in tower.form.fields)
-    return f"`{case.folder}`", f"`{case.name}`", kind, outputs, case.limit
+    limits = [case.limit] if case.limit else []
+    limits += [f"Transformers {case.since} or newer"] if case.since else []
+    return f"`{case.folder}`", f"`{case.name}`", kind, outputs, "; ".join(limits)
 
 
 def _version(text: str) -> str:
@@ -195,7 +197,9 @@ def test_the_table_equals_the_code() -> None:
     if _version(text) != installed:
         pytest.skip(f"the table was made with Transformers {_version(text)}, installed is {installed}")
     start, end = _region(text)
-    assert text[start:end] == table(), f"{PAGE.name} is out of date; run `PYTHONPATH=src python {__file__}`"
+    assert text[start:end] == table(), (
+        f"{PAGE.name} is out of date; run `PYTHONPATH=src python tests/integrations/{Path(__file__).name}`"
+    )
 
 
 def _region(text: str) -> tuple[int, int]:
