@@ -19,7 +19,7 @@ class ModuleReport:
     """One vision module.
 
     Attributes:
-        class_name: of the module; empty when it was left unchanged.
+        class_name: of the module.
         backend: "native", "generic", or "" when it was left unchanged.
         reason: why it was left unchanged.
         calls: calls that the backend ran.
@@ -47,10 +47,10 @@ class Acceleration:
 
     Args:
         forwards: accelerated modules by name.
-        unchanged: reasons by name of the vision modules that no backend took.
+        unchanged: class and reason, by name, of the vision modules that no backend took.
     """
 
-    def __init__(self, forwards: Mapping[str, AcceleratedForward], unchanged: Mapping[str, str]) -> None:
+    def __init__(self, forwards: Mapping[str, AcceleratedForward], unchanged: Mapping[str, tuple[str, str]]) -> None:
         self._forwards, self._unchanged = forwards, unchanged
 
     @property
@@ -68,7 +68,7 @@ class Acceleration:
             )
             for name, f in self._forwards.items()
         }
-        left = {name: ModuleReport("", "", reason, 0, {}, 0, Stats()) for name, reason in self._unchanged.items()}
+        left = {name: ModuleReport(cls, "", why, 0, {}, 0, Stats()) for name, (cls, why) in self._unchanged.items()}
         return taken | left
 
     @property

@@ -109,7 +109,7 @@ def acceleration(model: nn.Module) -> Acceleration:
         if forward is not None:
             forwards[_title(name, module)] = forward
         elif module in _unchanged:
-            unchanged[_title(name, module)] = _unchanged[module]
+            unchanged[_title(name, module)] = type(module).__name__, _unchanged[module]
     return Acceleration(forwards, unchanged)
 
 

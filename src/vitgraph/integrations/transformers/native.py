@@ -61,7 +61,7 @@ class NativeBackend:
         self._engine: Engine | None = None
         self._weights: TowerWeights | None = None
         self._broken = ""
-        self._agrees = False
+        self._agrees = self._released = False
         self.copied_bytes = 0
         self._build()
 
@@ -117,16 +117,22 @@ class NativeBackend:
 
     def release(self) -> None:
         with self._lock:
-            if self._engine:
-                self._engine.release()
-            self._engine = self._weights = None
-            self.copied_bytes = 0
-            self._broken = "the backend was released"
+            self._drop("the backend was released")
+            self._released = True
+
+    def _drop(self, reason: str) -> None:
+        if self._engine:
+            self._engine.release()
+        self._engine = self._weights = None
+        self.copied_bytes = 0
+        self._broken = reason
 
     def _follow(self) -> None:
         """Brings the tower up to date with the module's weights."""
+        if self._released:
+            return
         if self._watch.moved():
-            self.release()
+            self._drop("its weights moved")
             self._inner = [child for child in self._module.modules() if child is not self._module]
             self._watch = WeightWatch(self._module)
             try:

@@ -72,5 +72,16 @@ def _acts(hooks: dict[int, Any]) -> bool:
 
 
 def replaced_forward(modules: Iterable[nn.Module]) -> str:
-    """Class of a module whose forward was replaced on the instance; empty when there is none."""
-    return next((type(module).__name__ for module in modules if "forward" in module.__dict__), "")
+    """Class of a module whose forward was replaced on the instance, other than to place inputs; "" for none."""
+    return next((type(m).__name__ for m in modules if "forward" in m.__dict__ and not _only_placed(m)), "")
+
+
+def only_places(hook: Any) -> bool:
+    """Whether a hook of Hugging Face's accelerate does no more than move inputs to the device of the weights."""
+    return type(hook).__name__ == "AlignDevicesHook" and not hook.offload and not hook.io_same_device
+
+
+def _only_placed(module: nn.Module) -> bool:
+    """Whether forward was replaced by such a hook, as `device_map` over several devices does it inside of towers."""
+    hook, own = module.__dict__.get("_hf_hook"), module.__dict__.get("_old_forward")
+    return hook is not None and only_places(hook) and getattr(own, "__func__", None) is type(module).forward
