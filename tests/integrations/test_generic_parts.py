@@ -93,6 +93,16 @@ def test_an_argument_without_a_rule_runs_the_modules_own_forward() -> None:
     assert "no tensor of sizes" in backend.refuse({**arguments, "grid_thw": None})
 
 
+def test_an_argument_that_says_what_its_default_says_is_no_other_form() -> None:
+    module, backend = captured(CLIP)
+    arguments = CLIP.arguments(module)
+    for other in ({"interpolate_pos_encoding": False}, {"output_attentions": None}, {"unknown": False}, {}):
+        check(module, backend, {**arguments, **other})
+    assert len(backend.engines) == 1
+    check(module, backend, {**arguments, "interpolate_pos_encoding": True})
+    assert len(backend.engines) == 2
+
+
 def test_pictures_of_a_size_that_the_module_refuses_have_its_reason() -> None:
     module, backend = captured(CLIP)
     assert "doesn't match" in backend.refuse({"pixel_values": torch.randn(2, 3, 28, 28)})
@@ -156,13 +166,22 @@ def test_compile_is_refused_and_so_is_what_is_no_vision_module() -> None:
 
 
 def test_language_models_and_whole_models_are_no_vision_modules() -> None:
-    from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaModel
+    from transformers import (
+        CLIPConfig,
+        CLIPModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+        LlamaModel,
+        VisionEncoderDecoderModel,
+    )
 
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     llama = LlamaModel(LlamaConfig(**small, vocab_size=16))
     clip = CLIPModel(CLIPConfig(text_config={**small, "vocab_size": 16}, vision_config=small))
     assert not is_vision_module(llama) and not is_vision_module(clip) and not is_vision_module(clip.text_model)
     assert [name for name, m in clip.named_modules() if is_vision_module(m)] == ["vision_model"]
+    pair = VisionEncoderDecoderModel(encoder=clip.vision_model, decoder=LlamaForCausalLM(llama.config))
+    assert not is_vision_module(pair) and is_vision_module(pair.encoder)
 
 
 def test_budgets_in_pictures_follow_the_tokens_of_a_picture() -> None:

@@ -30,6 +30,7 @@ from vitgraph.integrations.transformers.native_families import NATIVE  # noqa: E
 
 transformers = pytest.importorskip("transformers")
 
+SCRIPT = Path(__file__).resolve().relative_to(ROOT)
 PAGE = ROOT / "docs" / "transformers_towers.md"
 CONFIG = EncoderConfig(budgets=(20, 70, 100), max_items=8, max_frames=16, lazy=True)
 PICTURE_CONFIG = EncoderConfig(max_tokens=64, lazy=True)
@@ -197,9 +198,7 @@ def test_the_table_equals_the_code() -> None:
     if _version(text) != installed:
         pytest.skip(f"the table was made with Transformers {_version(text)}, installed is {installed}")
     start, end = _region(text)
-    assert text[start:end] == table(), (
-        f"{PAGE.name} is out of date; run `PYTHONPATH=src python tests/integrations/{Path(__file__).name}`"
-    )
+    assert text[start:end] == table(), f"{PAGE.name} is out of date; run `PYTHONPATH=src python {SCRIPT}`"
 
 
 def _region(text: str) -> tuple[int, int]:

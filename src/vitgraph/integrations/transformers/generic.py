@@ -54,7 +54,8 @@ def is_vision_module(module: nn.Module) -> bool:
     modalities = getattr(module, "input_modalities", None) or ()
     modalities = {modalities} if isinstance(modalities, str) else set(modalities)
     seeing = modalities <= VISUAL or "vision" in type(module.config).__name__.lower()
-    return takes_pixels and (seeing or module.main_input_name in TILES) and "input_ids" not in _parameters(module)
+    speaks = any("input_ids" in name or name.startswith("decoder_") for name in _parameters(module))
+    return takes_pixels and not speaks and (seeing or module.main_input_name in TILES)
 
 
 def generic_backend(module: nn.Module, config: EncoderConfig) -> Backend:
@@ -89,6 +90,8 @@ class GenericBackend:
         self._module, self._config = module, config
         self._lock = RLock()
         self._pixels, self._grid = first_parameter(module), GRID if GRID in _parameters(module) else ""
+        parameters = inspect.signature(type(module).forward).parameters
+        self._defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
         self._engines: OrderedDict[CallForm, Engine] = OrderedDict()
         self._refused: dict[CallForm, str] = {}
         self._asked: dict[CallForm, int] = {}
@@ -183,15 +186,21 @@ class GenericBackend:
             batched = pixels.dim() > 2 and pixels.shape[0] == 1 and self._batched
         constants = []
         for name, value in arguments.items():
-            if value is None or value is False or name in (self._pixels, self._grid) or name in UNREAD:
+            if name in (self._pixels, self._grid) or name in UNREAD or self._is_default(name, value):
                 continue
             value = tuple(value) if isinstance(value, list) else value
             if isinstance(value, Tensor) and value.dtype == torch.bool and not self._grid and len(value) == len(pixels):
                 value = FullMask(tuple(value.shape[1:]))
-            if not isinstance(value, (bool, int, str, tuple, FullMask)):
+            plain = all(isinstance(v, (bool, int, str)) for v in (value if isinstance(value, tuple) else (value,)))
+            if not plain and value is not None and not isinstance(value, FullMask):
                 return f"argument {name!r} is given"
             constants.append((name, value))
         return CallForm(self._pixels, self._grid, PixelForm.of(pixels, batched), tuple(sorted(constants)))
+
+    def _is_default(self, name: str, value: Any) -> bool:
+        """Whether an argument says what its absence says; None and False ask nothing of an argument without a name."""
+        default = self._defaults.get(name)
+        return value is default or (name not in self._defaults and value is False)
 
     # -- engines -----------------------------------------------------------------------------------------------
 
