@@ -11,17 +11,17 @@ from threading import RLock
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vitgraph.attention.select import select_attention
 from vitgraph.config import EncoderConfig
-from vitgraph.core import Grid
 from vitgraph.engine.engine import Engine, Progress
 from vitgraph.engine.stats import Stats
 from vitgraph.errors import ConfigError, PatchError, UnsupportedModuleError
 from vitgraph.integrations.transformers.backend import Backend
-from vitgraph.integrations.transformers.module_tower import CallForm, FullMask, ModuleTower, PixelForm
-from vitgraph.integrations.transformers.probe_grids import first_parameter, grid_tower
+from vitgraph.integrations.transformers.call_forms import GRID, CallForm, CallReader, first_parameter
+from vitgraph.integrations.transformers.module_tower import ModuleTower
+from vitgraph.integrations.transformers.probe_grids import grid_tower
 from vitgraph.integrations.transformers.probe_tiles import tile_settings, tile_tower
 from vitgraph.integrations.transformers.verify import Place
 from vitgraph.integrations.transformers.watch import WeightWatch, replaced_forward
@@ -30,7 +30,6 @@ from vitgraph.integrations.transformers.weights import place_of
 logger = logging.getLogger("vitgraph")
 
 VISUAL = {"image", "video"}
-GRID = "grid_thw"
 TILES = ("pixel_values", "pixel_values_videos")
 MOST_FORMS = 4
 """Forms of call (size of the pictures, states asked for) that hold graphs; the least recently used one goes."""
@@ -39,9 +38,6 @@ PATIENCE, MOST_ASKED = 8, 64
 """Calls of a further form before it takes the place of another, and forms whose calls are counted."""
 
 TOO_MANY_FORMS = f"more than {MOST_FORMS} sizes of pictures or other forms of call"
-
-UNREAD = frozenset({"return_dict", "use_cache", "past_key_values", "cache_position", "logits_to_keep"})
-"""Arguments of a language model that come along and that no vision tower reads."""
 
 
 def is_vision_module(module: nn.Module) -> bool:
@@ -89,9 +85,7 @@ class GenericBackend:
     def __init__(self, module: nn.Module, config: EncoderConfig) -> None:
         self._module, self._config = module, config
         self._lock = RLock()
-        self._pixels, self._grid = first_parameter(module), GRID if GRID in _parameters(module) else ""
-        parameters = inspect.signature(type(module).forward).parameters
-        self._defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+        self._reader = CallReader(module)
         self._engines: OrderedDict[CallForm, Engine] = OrderedDict()
         self._refused: dict[CallForm, str] = {}
         self._asked: dict[CallForm, int] = {}
@@ -117,7 +111,7 @@ class GenericBackend:
         """As `Backend` says; the first call of a new form runs examples, which wait for the device."""
         if self._released:
             return "the backend was released"
-        form = self._form(arguments)
+        form = self._reader.form(arguments, self._batched)
         if isinstance(form, str):
             return form
         with self._lock:
@@ -132,7 +126,7 @@ class GenericBackend:
             return self._refused.get(form, "" if form in self._engines else TOO_MANY_FORMS)
 
     def run(self, arguments: Mapping[str, Any]) -> Any:
-        form = self._form(arguments)
+        form = self._reader.form(arguments, self._batched)
         assert isinstance(form, CallForm), "run() follows refuse()"
         # Static buffers outlive the caller's inference mode, in which no tensor that does may be made.
         with torch.inference_mode(False), torch.no_grad(), self._lock:
@@ -140,7 +134,7 @@ class GenericBackend:
             if engine is None:
                 raise PatchError("another thread's calls took the place of this form")
             self._engines.move_to_end(form)
-            rows, grids = self._split(arguments, form, engine)
+            rows, grids = self._reader.split(arguments, form, engine.spec)
             return self._tower(engine).build(engine.run(rows, grids))
 
     def capture(self, progress: Progress | None = None) -> None:
@@ -156,52 +150,6 @@ class GenericBackend:
             self._forget()
             self._released = True
 
-    def _split(self, arguments: Mapping[str, Any], form: CallForm, engine: Engine) -> tuple[list[Tensor], list[Grid]]:
-        pixels: Tensor = arguments[self._pixels]
-        rows = pixels.reshape(-1, form.form.width)
-        if not self._grid:
-            # Read back here, as Transformers does to build the attention mask.
-            if not all(bool(arguments[k].all()) for k, v in form.constants if isinstance(v, FullMask)):
-                raise PatchError("a picture is padded: its mask is not true everywhere")
-            return [rows], [Grid(len(rows), 1, 1)]
-        # Grids on the device are read back here. Transformers' own forward reads them, too.
-        grids = [Grid(*grid) for grid in arguments[self._grid].tolist()]
-        for grid in grids:
-            engine.spec.check_grid(grid)
-        sizes = [grid.patches for grid in grids]
-        if sum(sizes) != len(rows):
-            raise PatchError(f"{len(rows)} rows for grids of {sum(sizes)} patches")
-        return list(rows.split(sizes)), grids
-
-    def _form(self, arguments: Mapping[str, Any]) -> CallForm | str:
-        """The form of a call, or why it must run the module's own forward."""
-        pixels = arguments.get(self._pixels)
-        if not isinstance(pixels, Tensor) or not pixels.is_floating_point() or pixels.dim() < 2 or not pixels.numel():
-            return f"{self._pixels} is no tensor of pictures in floating point"
-        batched = False
-        if self._grid:
-            grids = arguments.get(self._grid)
-            if not isinstance(grids, Tensor) or grids.dim() != 2 or grids.shape[1] != 3 or not len(grids):
-                return f"{self._grid} is no tensor of sizes [items, 3]"
-            batched = pixels.dim() > 2 and pixels.shape[0] == 1 and self._batched
-        constants = []
-        for name, value in arguments.items():
-            if name in (self._pixels, self._grid) or name in UNREAD or self._is_default(name, value):
-                continue
-            value = tuple(value) if isinstance(value, list) else value
-            if isinstance(value, Tensor) and value.dtype == torch.bool and not self._grid and len(value) == len(pixels):
-                value = FullMask(tuple(value.shape[1:]))
-            plain = all(isinstance(v, (bool, int, str)) for v in (value if isinstance(value, tuple) else (value,)))
-            if not plain and value is not None and not isinstance(value, FullMask):
-                return f"argument {name!r} is given"
-            constants.append((name, value))
-        return CallForm(self._pixels, self._grid, PixelForm.of(pixels, batched), tuple(sorted(constants)))
-
-    def _is_default(self, name: str, value: Any) -> bool:
-        """Whether an argument says what its absence says; None and False ask nothing of an argument without a name."""
-        default = self._defaults.get(name)
-        return value is default or (name not in self._defaults and value is False)
-
     # -- engines -----------------------------------------------------------------------------------------------
 
     def _make(self, form: CallForm | None) -> Engine:
@@ -209,7 +157,7 @@ class GenericBackend:
         attention = select_attention(self._config.attention, device, dtype)
         place = Place(device, dtype)
         with torch.inference_mode(False), torch.no_grad():
-            if self._grid:
+            if self._reader.grid:
                 tower: ModuleTower = grid_tower(self._module, form, place, attention)
                 return Engine(tower.eval(), device, dtype, self._config, attention)
             tiles = tile_tower(self._module, form, place, attention)
@@ -227,6 +175,8 @@ class GenericBackend:
         try:
             self._add(self._make(form))
         except (UnsupportedModuleError, ConfigError) as error:
+            if len(self._refused) >= MOST_ASKED:
+                self._refused.clear()
             self._refused[form] = str(error)
         del self._asked[form]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from vitgraph.attention.base import VarlenAttention
 from vitgraph.core import Counts, Grid
 from vitgraph.integrations.transformers.attention_function import carry
+from vitgraph.integrations.transformers.call_forms import CallForm
 from vitgraph.integrations.transformers.host_reads import UnreadGrid
 from vitgraph.integrations.transformers.leaves import Leaf, OutputForm
 from vitgraph.integrations.transformers.metadata_rules import ModuleSpec, item_arrays
@@ -22,70 +22,6 @@ from vitgraph.integrations.transformers.recorder import RecordedCall
 from vitgraph.models.contract import Tower, TowerBuffers, TowerSpec
 
 KEPT_LENGTHS = 65536
-
-
-@dataclass(frozen=True)
-class PixelForm:
-    """Shape of what a module takes as pixels.
-
-    Attributes:
-        trailing: shape of one row: a flattened patch, a patch, or a tile.
-        batched: whether an axis of length one stands before the rows.
-    """
-
-    trailing: tuple[int, ...]
-    batched: bool = False
-
-    @classmethod
-    def of(cls, pixels: Tensor, batched: bool) -> PixelForm:
-        """The form of an input."""
-        return cls(tuple(pixels.shape[2 if batched else 1 :]), batched)
-
-    @property
-    def width(self) -> int:
-        return int(np.prod(self.trailing))
-
-    def shape(self, rows: Tensor) -> Tensor:
-        """`[P, width]` as the module takes it."""
-        pixels = rows.view(rows.shape[0], *self.trailing)
-        return pixels.unsqueeze(0) if self.batched else pixels
-
-
-@dataclass(frozen=True)
-class FullMask:
-    """A mask `[N, *trailing]` that is true everywhere: every picture is whole."""
-
-    trailing: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class CallForm:
-    """How a module is called, apart from sizes.
-
-    Attributes:
-        pixels, grid: names of the parameters; `grid` is empty for tiles.
-        form: of the pixels.
-        constants: further arguments by name; a `FullMask` stands for a tensor of that form.
-    """
-
-    pixels: str
-    grid: str
-    form: PixelForm
-    constants: tuple[tuple[str, Any], ...] = ()
-
-    def arguments(self, rows: Tensor, grid: Tensor | None) -> dict[str, Any]:
-        """Keyword arguments of the module's forward for pixel rows `[P, width]`."""
-        given: dict[str, Any] = {self.pixels: self.form.shape(rows)}
-        for name, value in self.constants:
-            whole = isinstance(value, FullMask)
-            shape = (len(rows), *value.trailing) if whole else ()
-            given[name] = torch.ones(shape, dtype=torch.bool, device=rows.device) if whole else value
-        return {**given, self.grid: grid} if self.grid else given
-
-    @property
-    def masked(self) -> bool:
-        """Whether a mask is among the arguments."""
-        return any(isinstance(value, FullMask) for _, value in self.constants)
 
 
 class ModuleTower(Tower):

@@ -16,6 +16,7 @@ from vitgraph.attention.base import VarlenAttention
 from vitgraph.core import Counts, Grid, add_counts
 from vitgraph.errors import UnsupportedModuleError
 from vitgraph.integrations.transformers.attention_function import ATTENTION_NAME, register, with_attention
+from vitgraph.integrations.transformers.call_forms import CallForm, PixelForm, first_parameter
 from vitgraph.integrations.transformers.leaves import Leaf, OutputForm, find_leaves
 from vitgraph.integrations.transformers.metadata_rules import (
     RULES,
@@ -26,7 +27,7 @@ from vitgraph.integrations.transformers.metadata_rules import (
     item_arrays,
     join_items,
 )
-from vitgraph.integrations.transformers.module_tower import CallForm, GridTower, PixelForm, segment_counter
+from vitgraph.integrations.transformers.module_tower import GridTower, segment_counter
 from vitgraph.integrations.transformers.recorder import RecordedCall, record
 from vitgraph.integrations.transformers.shadow import shadow
 from vitgraph.integrations.transformers.verify import EXAMPLE_FAILS, Place, attempt, example_rows, verify
@@ -199,12 +200,6 @@ def _call_forms(module: nn.Module) -> Iterator[CallForm]:
     for batched in (False, True):
         for shape in dict.fromkeys(shapes):
             yield CallForm(pixels, "grid_thw", PixelForm(shape, batched))
-
-
-def first_parameter(module: nn.Module) -> str:
-    """Name of the parameter that takes the pixels."""
-    names = list(inspect.signature(type(module).forward).parameters)
-    return names[1] if len(names) > 1 else ""
 
 
 def refuse_other_arguments(module: nn.Module, known: Container[str]) -> None:

@@ -15,9 +15,10 @@ from vitgraph.config import EncoderConfig
 from vitgraph.core import Counts, Grid
 from vitgraph.errors import PatchError, UnsupportedModuleError
 from vitgraph.integrations.transformers.attention_function import WHOLE_NAME, register, with_attention
+from vitgraph.integrations.transformers.call_forms import CallForm, FullMask, PixelForm, first_parameter
 from vitgraph.integrations.transformers.leaves import Leaf, OutputForm
-from vitgraph.integrations.transformers.module_tower import CallForm, FullMask, PixelForm, TileTower
-from vitgraph.integrations.transformers.probe_grids import CHANNELS, first_parameter, refuse_other_arguments
+from vitgraph.integrations.transformers.module_tower import TileTower
+from vitgraph.integrations.transformers.probe_grids import CHANNELS, refuse_other_arguments
 from vitgraph.integrations.transformers.shadow import shadow
 from vitgraph.integrations.transformers.verify import Place, attempt, example_rows, verify
 from vitgraph.models.contract import OutputSpec, TowerSpec
