@@ -202,6 +202,19 @@ def test_modes_may_alternate(tower: nn.Module) -> None:
     assert not vitgraph.acceleration(tower).fallbacks
 
 
+def test_arguments_of_a_language_model_that_come_along_are_no_reason(tower: nn.Module) -> None:
+    others = {
+        "use_cache": True,
+        "logits_to_keep": 1,
+        "shift_labels": torch.zeros(1, 4),
+        "is_causal": None,
+        "cu_seqlens": None,
+    }
+    with torch.no_grad():
+        tower(**tower_inputs(NAME, IMAGES), **others)
+    assert not vitgraph.acceleration(tower).fallbacks
+
+
 def test_a_call_that_does_not_bind_raises_as_before(tower: nn.Module) -> None:
     with pytest.raises(TypeError, match="grid_thw"):
         tower(torch.zeros(4, 1536))
