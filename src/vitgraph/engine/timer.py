@@ -4,23 +4,35 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
 from vitgraph.core import Grid
-
-if TYPE_CHECKING:
-    from vitgraph.engine.engine import Engine
+from vitgraph.engine.graph import CapturedGraph
+from vitgraph.engine.ladder import Ladder
 
 ENOUGH_US = 2000.0
 MOST_RUNS = 5
 
 
+class Timed(Protocol):
+    """The part of an engine that is timed; see `Engine`."""
+
+    device: torch.device
+    ladder: Ladder
+
+    def stage(self, budget: int, grids: Sequence[Grid]) -> None: ...
+
+    def captured(self, budget: int, alone: bool = False) -> CapturedGraph: ...
+
+    def run_unpacked(self, grids: Sequence[Grid]) -> object: ...
+
+
 class EngineTimer:
     """See `measure.Timer`. The pixels are whatever the static buffer holds: values do not change a time."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Timed) -> None:
         self._engine = engine
         self._warm: set[tuple[int, bool]] = set()
 
