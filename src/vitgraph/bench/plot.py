@@ -98,8 +98,8 @@ def plot_costs(costs: dict[str, Any], path: Path, title: str) -> None:
     panel.plot(*zip(*timed, strict=True), ".", color=COLOURS["padded"], markersize=3)
     if costs["eager"]:
         eager = [(point["patches"], point["us"] / 1e3) for point in costs["eager"]]
-        style = {"color": COLOURS["eager"], "markersize": 4, "label": "eager without attention between patches"}
-        panel.plot(*zip(*eager, strict=True), "o-", **style)
+        label = "eager without attention between patches"
+        panel.plot(*zip(*eager, strict=True), "o-", color=COLOURS["eager"], markersize=4, label=label)
     if costs["crossover_patches"] is not None:
         panel.axvline(costs["crossover_patches"], color="#999999", linewidth=0.8, linestyle="--")
     panel.set_xscale("log", base=2)
