@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import vitgraph
 from tiny_transformers import CLIPS, IMAGES, MODELS, NAMES, Grids, generate, prompt, tower_inputs, vision_module
 from vitgraph import EncoderConfig
+from vitgraph.engine.blocks import MOST_BYTES
 from vitgraph.integrations.transformers.handle import ModuleReport
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -117,18 +118,22 @@ def test_a_thousand_calls_hold_no_more_memory_and_capture_nothing_anew(name: str
         complete = report_of(model).stats
         assert complete.captured_graphs == len(tower.forward.backend._engine.budgets)
         held = 0
+
+        def others() -> int:
+            """Bytes beside static buffers, among them metadata of packs that came again: they have a limit."""
+            torch.cuda.synchronize()
+            gc.collect()
+            return torch.cuda.memory_allocated() - report_of(model).stats.static_bytes
+
         for call in range(1000):
             features(tower(**on_gpu(tower_inputs(name, random_grids(name, source)), torch.bfloat16)))
             if call == 100:
-                torch.cuda.synchronize()
-                gc.collect()
-                held = torch.cuda.memory_allocated()
-    torch.cuda.synchronize()
-    gc.collect()
-    assert abs(torch.cuda.memory_allocated() - held) < ROOM
+                held = others()
+    assert abs(others() - held) < ROOM
     stats = report_of(model).stats
     assert (stats.captured_graphs, stats.capture_seconds) == (complete.captured_graphs, complete.capture_seconds)
-    assert (stats.graph_bytes, stats.static_bytes) == (complete.graph_bytes, report_of(model).stats.static_bytes)
+    assert stats.graph_bytes == complete.graph_bytes
+    assert stats.static_bytes - complete.static_bytes <= MOST_BYTES
     assert report_of(model).calls == 1000 and not report_of(model).fallbacks
 
 
