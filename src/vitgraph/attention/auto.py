@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from vitgraph.attention.base import Segments, VarlenAttention, tile_bound, write_tiles
+from vitgraph.attention.base import Segments, VarlenAttention, tune
 from vitgraph.attention.choices import load_times, save_times
+from vitgraph.attention.trial import Time, device_time, nearest_class, segments_of
 
 logger = logging.getLogger("vitgraph")
 
@@ -20,8 +20,6 @@ CLASSES = (512, 1024, 2048, 4096, 8192, 16384)
 
 MARGIN = 0.98
 """Another backend must take less than this share of our kernel's time."""
-
-RUNS = 5
 
 
 class OptionalBackend(VarlenAttention, Protocol):
@@ -52,15 +50,19 @@ class AutoAttention:
         others: Sequence[OptionalBackend],
         device: torch.device,
         dtype: torch.dtype,
-        time: Callable[[Callable[[], object]], float] | None = None,
+        time: Time = device_time,
     ) -> None:
         self.own, self.others = own, others
         self._device, self._dtype = device, dtype
-        self._time = time or _device_time
+        self._time = time
         self._chosen: dict[int, VarlenAttention] = {}
 
     def block(self, rows: int, longest: int) -> int:
         return self.own.block(rows, longest)
+
+    def tune(self, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> None:
+        """Lets our kernel choose its configurations."""
+        tune(self.own, heads, head_dim, device, dtype)
 
     def alone(self, rows: int) -> bool:
         """Whether a pack of one segment in a buffer of this many rows has a backend of its own."""
@@ -83,7 +85,7 @@ class AutoAttention:
     def _choice(self, rows: int) -> VarlenAttention:
         if not self._chosen:
             return self.own
-        return self._chosen[min(self._chosen, key=lambda known: abs(known.bit_length() - rows.bit_length()))]
+        return self._chosen[nearest_class(rows, list(self._chosen))]
 
     def _choose(self, heads: int, head_dim: int) -> None:
         key = self._key(heads, head_dim)
@@ -100,7 +102,7 @@ class AutoAttention:
     def _measure(self, rows: int, heads: int, head_dim: int) -> dict[str, float]:
         """Microseconds by backend for one segment that fills a buffer."""
         qkv = torch.randn(rows, 3, heads, head_dim, device=self._device, dtype=self._dtype)
-        segments = one_segment(rows, self.own.block(rows, rows), self._device)
+        segments = segments_of([rows], self.own.block(rows, rows), self._device)
         q, k, v = qkv.unbind(1)
         times = {}
         for backend in (self.own, *self.others):
@@ -116,28 +118,3 @@ class AutoAttention:
         gpu = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else str(self._device)
         versions = [f"torch {torch.__version__}", *(f"{b.name} {b.version()}" for b in self.others)]
         return " | ".join([gpu, *versions, f"{heads} x {head_dim}", str(self._dtype).removeprefix("torch.")])
-
-
-def one_segment(rows: int, block: int, device: torch.device) -> Segments:
-    """Segments of a buffer that one segment fills."""
-    ends = np.array([0, rows], np.int32)
-    tiles = None
-    if block:
-        schedule = np.zeros((tile_bound(rows, 1, block), 4), np.int32)
-        write_tiles(ends, rows, block, schedule)
-        tiles = torch.from_numpy(schedule).to(device)
-    return Segments(torch.from_numpy(ends).to(device), rows, tiles=tiles, block=block, alone=True)
-
-
-def _device_time(call: Callable[[], object]) -> float:
-    """Best of a few runs, after one that compiles."""
-    call()
-    best = float("inf")
-    for _ in range(RUNS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        best = min(best, start.elapsed_time(end) * 1e3)
-    return best

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 
@@ -46,6 +47,13 @@ class VarlenAttention(Protocol):
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
         """Packed attention."""
+
+
+def tune(attention: VarlenAttention, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Lets a backend that has configurations choose among them by measurement; on CUDA, and only where it must."""
+    choose = getattr(attention, "tune", None)
+    if choose is not None and device.type == "cuda":
+        choose(heads, head_dim, device, dtype)
 
 
 def has_own_graph(attention: VarlenAttention, rows: int) -> bool:

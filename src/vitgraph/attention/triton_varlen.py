@@ -17,10 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from vitgraph.attention.base import Segments
+from vitgraph.attention.kernel_configs import KernelConfig, KernelConfigs
+from vitgraph.attention.trial import device_time
 
 LOG2_E = 1.4426950408889634
-SMALL_BLOCK, LARGE_BLOCK = 64, 128
-LARGE_ROWS = 1024
 KEY_BLOCK = 64
 
 
@@ -185,7 +185,9 @@ def has_tma(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
-def launch(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, block: int, scale: float, tma: bool) -> Tensor:
+def launch(
+    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, block: int, scale: float, tma: bool, warps: int = 4, stages: int = 3
+) -> Tensor:
     """Runs the kernel: `q`, `k`, `v [T, H, Dh]` with contiguous heads, `tiles [tiles, 4]`; see `VarlenAttention`."""
     rows, heads, head_dim = q.shape
     assert head_dim % 8 == 0, "a head must start on 16 bytes"
@@ -218,8 +220,8 @@ def launch(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, block: int, scale: fl
         BLOCK_M=block,
         BLOCK_N=KEY_BLOCK,
         TMA=tma,
-        num_warps=4,
-        num_stages=3 if wide + rest <= 128 else 2,
+        num_warps=warps,
+        num_stages=stages if wide + rest <= 128 else 2,
     )
     return out
 
@@ -231,12 +233,14 @@ def _descriptor(x: Tensor, rows: int, columns: int, wide: int) -> Any:
 
 
 @torch.library.custom_op("vitgraph::varlen_attention", mutates_args=())
-def _varlen_op(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, block: int, scale: float) -> Tensor:
-    return launch(q, k, v, tiles, block, scale, has_tma(q.device))
+def _varlen_op(
+    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, block: int, scale: float, warps: int, stages: int
+) -> Tensor:
+    return launch(q, k, v, tiles, block, scale, has_tma(q.device), warps, stages)
 
 
 @_varlen_op.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, block: int, scale: float) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, block: int, scale: float, warps: int, stages: int) -> Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
@@ -245,11 +249,27 @@ class TritonVarlenAttention:
 
     name = "triton"
 
+    def __init__(self) -> None:
+        self._configs = KernelConfigs()
+
     def block(self, rows: int, longest: int) -> int:
-        return LARGE_BLOCK if rows >= LARGE_ROWS and longest >= LARGE_BLOCK else SMALL_BLOCK
+        return self._configs.choose(rows, longest).block
+
+    def tune(self, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> None:
+        """Chooses configurations by measurement, once per GPU, where none are shipped for it."""
+        gpu = torch.cuda.get_device_name(device)
+        self._configs.tune(_run, heads, head_dim, device, dtype, gpu, device_time)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
-        assert segments.tiles is not None, "the Triton backend needs a tile schedule"
-        if torch.compiler.is_compiling():
-            return _varlen_op(q, k, v, segments.tiles, segments.block, scale)
-        return launch(q, k, v, segments.tiles, segments.block, scale, has_tma(q.device))
+        config = self._configs.choose(q.shape[0], segments.max_seqlen)
+        if config.block != segments.block:
+            config = KernelConfig(segments.block)
+        return _run(q, k, v, segments, scale, config)
+
+
+def _run(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, config: KernelConfig) -> Tensor:
+    assert segments.tiles is not None, "the Triton backend needs a tile schedule"
+    settings = config.warps, config.stages
+    if torch.compiler.is_compiling():
+        return _varlen_op(q, k, v, segments.tiles, segments.block, scale, *settings)
+    return launch(q, k, v, segments.tiles, segments.block, scale, has_tma(q.device), *settings)

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vitgraph.attention.base import VarlenAttention
+from vitgraph.attention.base import VarlenAttention, tune
 from vitgraph.config import EncoderConfig
 from vitgraph.core import Counts, Grid, Pack
 from vitgraph.engine.buffers import Arena, MetadataLayout, StaticBuffers
@@ -25,6 +25,7 @@ from vitgraph.engine.staging import Staging, pixels_of
 from vitgraph.engine.stats import Counters, Stats
 from vitgraph.engine.timer import EngineTimer
 from vitgraph.errors import EngineReleasedError
+from vitgraph.layers.block import Attention
 from vitgraph.models.contract import Tower, TowerBuffers
 from vitgraph.planning.budgets import Budget
 from vitgraph.planning.packing import Planner
@@ -64,6 +65,8 @@ class Engine:
     ) -> None:
         self.tower, self.spec, self.config = tower, tower.spec, config
         self.device, self.dtype = device, dtype
+        for heads, head_dim in sorted(_attention_shapes(tower)):
+            tune(attention, heads, head_dim, device, dtype)
         self.ladder = Ladder(self.spec, self._forward, device, dtype, config, attention)
         self.planner = Planner(self.spec, self.budgets)
         self.staging = Staging(tower, device, config.metadata_cache)
@@ -300,6 +303,11 @@ class Engine:
         if self.device.type != "cuda" or torch.cuda.current_device() == self.device.index:
             return nullcontext()
         return torch.cuda.device(self.device)
+
+
+def _attention_shapes(tower: Tower) -> set[tuple[int, int]]:
+    """Heads and head dims of the tower's attention layers."""
+    return {(layer.heads, layer.head_dim) for layer in tower.modules() if isinstance(layer, Attention)}
 
 
 def _join(parts: list[Part]) -> Outputs:

@@ -1,0 +1,56 @@
+"""Trial runs of attention kernels: packs to run, and their time on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from vitgraph.attention.base import Segments, tile_bound, write_tiles
+
+RUNS = 5
+USUAL, LARGE = 400, 1024
+
+Time = Callable[[Callable[[], object]], float]
+"""Microseconds of a call."""
+
+
+def device_time(call: Callable[[], object]) -> float:
+    """Microseconds on the device: best of a few runs, after one that compiles."""
+    call()
+    best = float("inf")
+    for _ in range(RUNS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        best = min(best, start.elapsed_time(end) * 1e3)
+    return best
+
+
+def usual_lengths(rows: int) -> list[int]:
+    """Segments of usual images that fill a buffer; from 4096 rows on, half of the rows are larger images."""
+    large = rows // 2 // LARGE if rows >= 4 * LARGE else 0
+    rest = rows - large * LARGE
+    return [LARGE] * large + [USUAL] * (rest // USUAL) + ([rest % USUAL] if rest % USUAL else [])
+
+
+def segments_of(lengths: Sequence[int], block: int, device: torch.device) -> Segments:
+    """Segments that fill a buffer, with a tile schedule of this block size unless it is 0."""
+    ends = np.zeros(len(lengths) + 1, np.int32)
+    ends[1:] = np.cumsum(lengths)
+    rows = int(ends[-1])
+    tiles = None
+    if block:
+        schedule = np.zeros((tile_bound(rows, len(lengths), block), 4), np.int32)
+        write_tiles(ends, rows, block, schedule)
+        tiles = torch.from_numpy(schedule).to(device)
+    on_device = torch.from_numpy(ends).to(device)
+    return Segments(on_device, max(lengths), tiles=tiles, block=block, alone=len(lengths) == 1)
+
+
+def nearest_class(rows: int, classes: Sequence[int]) -> int:
+    """The class whose size in powers of two is nearest."""
+    return min(classes, key=lambda known: abs(known.bit_length() - rows.bit_length()))

@@ -1,0 +1,92 @@
+"""Configurations of the attention kernel: shipped, measured once, kept on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from attention_cases import check, make_qkv, make_segments
+from vitgraph.attention.kernel_configs import CANDIDATES, CLASSES, LARGE, SMALL, KernelConfig, KernelConfigs
+from vitgraph.attention.trial import nearest_class, segments_of, usual_lengths
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("VITGRAPH_CACHE", str(tmp_path))
+
+
+class Kernel:
+    """Runs nothing; remembers what it was asked for, and how long that would take."""
+
+    def __init__(self, best: dict[int, KernelConfig], refused: tuple[KernelConfig, ...] = ()) -> None:
+        self.best, self.refused = best, refused
+        self.calls: list[tuple[int, KernelConfig]] = []
+
+    def run(self, q, k, v, segments, scale, config) -> None:
+        assert segments.block == config.block
+        assert int(segments.cu_seqlens[-1]) == q.shape[0]
+        if config in self.refused:
+            raise RuntimeError("out of shared memory")
+        self.calls.append((q.shape[0], config))
+
+    def time(self, call) -> float:
+        call()
+        rows, config = self.calls[-1]
+        return 1.0 if self.best.get(rows, SMALL) == config else 2.0
+
+
+def tuned(kernel: Kernel, gpu: str = "NVIDIA A100") -> KernelConfigs:
+    configs = KernelConfigs()
+    configs.tune(kernel.run, 2, 8, CPU, torch.float32, gpu, kernel.time)
+    return configs
+
+
+def test_shipped_configurations_are_not_measured() -> None:
+    kernel = Kernel({})
+    configs = tuned(kernel, "NVIDIA H100 80GB HBM3")
+    assert not kernel.calls
+    assert [configs.choose(rows, rows) for rows in (256, 1024, 16384)] == [SMALL, LARGE, LARGE]
+    assert configs.choose(4096, 64) == SMALL, "no segment is as long as a large tile"
+
+
+def test_other_gpus_are_measured_once(tmp_path: Path) -> None:
+    wide = KernelConfig(128, 8, 2)
+    kernel = Kernel({4096: wide, 8192: LARGE})
+    configs = tuned(kernel)
+    assert len(kernel.calls) == len(CLASSES) * len(CANDIDATES)
+    assert configs.choose(4096, 4096) == configs.choose(5000, 5000) == wide
+    assert configs.choose(8192, 8192) == LARGE and configs.choose(256, 256) == SMALL
+    again = Kernel({})
+    assert tuned(again).choose(4096, 4096) == wide and not again.calls
+    other = Kernel({})
+    assert tuned(other, "NVIDIA L40S").choose(4096, 4096) == SMALL and other.calls
+
+
+def test_configurations_that_do_not_fit_the_gpu_are_left_out() -> None:
+    kernel = Kernel(dict.fromkeys(CLASSES, LARGE), refused=(LARGE, KernelConfig(128, 8, 3)))
+    assert tuned(kernel).choose(4096, 4096) != LARGE
+
+
+def test_trial_packs_fill_their_buffers() -> None:
+    for rows in CLASSES:
+        lengths = usual_lengths(rows)
+        assert sum(lengths) == rows and min(lengths) > 0
+        segments = segments_of(lengths, 64, CPU)
+        assert segments.max_seqlen == max(lengths) and segments.alone == (len(lengths) == 1)
+    assert usual_lengths(256) == [256]
+    assert nearest_class(5000, CLASSES) == 4096
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel is compiled there")
+@pytest.mark.parametrize("config", CANDIDATES, ids=lambda c: c.name)
+def test_every_candidate_computes_the_same(config: KernelConfig) -> None:
+    pytest.importorskip("triton")
+    from vitgraph.attention.triton_varlen import _run
+
+    segments = make_segments(160, [70, 33], config.block)
+    qkv = make_qkv(160, 103, 2, 24, torch.float16)
+    check(_run(*qkv.unbind(1), segments, 24**-0.5, config), qkv, segments, 103, 5e-3)
