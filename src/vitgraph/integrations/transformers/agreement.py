@@ -15,8 +15,8 @@ from vitgraph.core import Grid
 
 MOST_FP32 = 1e-2
 MOST_HALF = 0.15
-"""Largest |tower - module| / |module|. TF32 may have been allowed for float32. Two roundings to bfloat16 of a deep tower
-lie a few hundredths apart; another rotation, order or norm gives several tenths."""
+"""Largest |tower - module| / |module|. TF32 may have been allowed for float32. Two roundings to bfloat16 of a deep
+tower lie a few hundredths apart; another rotation, order or norm gives several tenths."""
 
 
 def disagreement(module: nn.Module, arguments: Mapping[str, Any], grid: Grid, output: Any) -> str:
