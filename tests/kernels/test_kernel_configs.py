@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from attention_cases import check, make_qkv, make_segments
+from attention_cases import check, interpreted_loops, make_qkv, make_segments
 from vitgraph.attention.kernel_configs import CANDIDATES, CLASSES, LARGE, SMALL, KernelConfig, KernelConfigs
 from vitgraph.attention.trial import nearest_class, segments_of, usual_lengths
 
@@ -81,6 +81,7 @@ def test_trial_packs_fill_their_buffers() -> None:
     assert nearest_class(5000, CLASSES) == 4096
 
 
+@interpreted_loops
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel is compiled there")
 @pytest.mark.parametrize("config", CANDIDATES, ids=lambda c: c.name)
 def test_every_candidate_computes_the_same(config: KernelConfig) -> None:

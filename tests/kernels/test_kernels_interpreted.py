@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from attention_cases import CASES, check, make_qkv, make_segments
+from attention_cases import CASES, check, interpreted_loops, make_qkv, make_segments
 from vitgraph.attention.sdpa import SdpaAttention
 from vitgraph.layers.block import Attention, Block
 from vitgraph.layers.mlp import GatedMlp, Mlp
@@ -34,12 +34,14 @@ SMALL_CASES = {
 }
 
 
+@interpreted_loops
 @pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
 @pytest.mark.parametrize("head_dim", [64, 72, 80, 88, 96, 112, 128])
 def test_attention_equals_fp32_for_every_head_dim(head_dim: int, tma: bool) -> None:
     run_attention("ragged", head_dim, tma, block=64)
 
 
+@interpreted_loops
 @pytest.mark.parametrize("block", [64, 128])
 @pytest.mark.parametrize("case", SMALL_CASES)
 def test_attention_equals_fp32_for_every_packing(case: str, block: int) -> None:
@@ -57,6 +59,7 @@ def run_attention(case: str, head_dim: int, tma: bool, block: int) -> None:
     check(out, qkv, segments, sum(lengths), 5e-3)
 
 
+@interpreted_loops
 def test_attention_ignores_nan_in_the_next_segment() -> None:
     from vitgraph.attention.triton_varlen import launch
 
