@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vitgraph import EncoderConfig, VisionEncoder
-from vitgraph.core import Counts, Grid, VisionEmbedding, add_counts
+from vitgraph.core import Counts, Grid, VisionEmbedding, sum_counts
 from vitgraph.engine.buffers import MetadataLayout
 from vitgraph.errors import PatchError
 from vitgraph.models.contract import Tower, TowerSpec
@@ -78,9 +78,7 @@ def longest_clip(spec: TowerSpec) -> Grid | None:
 def composed(tower: Tower, grids: list[Grid], spare: int = 0) -> tuple[dict[str, np.ndarray], Counts]:
     """Metadata of several items as the engine writes it, with `spare` rows of every kind, and the rows filled."""
     plans = [GridPlan(tower.spec.counts(grid), tower.metadata(grid)) for grid in grids]
-    total: Counts = {}
-    for plan in plans:
-        total = add_counts(total, plan.counts)
+    total = sum_counts(plan.counts for plan in plans)
     layout = MetadataLayout(tower.spec, {kind: n + spare for kind, n in total.items()})
     arrays = layout.arrays(np.full(layout.nbytes, 0xFF, np.uint8))
     layout.write(arrays, plans)

@@ -6,7 +6,7 @@ H heads, Dh head dim, D hidden width, C output width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
@@ -83,9 +83,13 @@ class VisionEmbedding:
     grid: Grid
 
 
-def add_counts(a: Counts, b: Counts) -> dict[str, int]:
-    """Sum of two counts, kind by kind."""
-    return {kind: a.get(kind, 0) + b.get(kind, 0) for kind in {**a, **b}}
+def sum_counts(parts: Iterable[Counts]) -> dict[str, int]:
+    """Sum of counts, kind by kind; empty without parts."""
+    total: dict[str, int] = {}
+    for part in parts:
+        for kind, n in part.items():
+            total[kind] = total.get(kind, 0) + n
+    return total
 
 
 def fits(counts: Counts, capacity: Counts) -> bool:

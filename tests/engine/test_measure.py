@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vitgraph import EncoderConfig, VisionEncoder
-from vitgraph.core import Grid, fits
+from vitgraph.core import Grid, fits, sum_counts
 from vitgraph.engine.measure import halving, measure_costs, one_item, usual_items
 from vitgraph.models.registry import families
 from vitgraph.planning.cost import load_of
@@ -42,8 +42,7 @@ class FakeGpu:
         return max(LAUNCH, FLOOR + RATE * self._counts(grids)["patch"] + SLOPE * self._load(grids))
 
     def _counts(self, grids: list[Grid]) -> dict[str, int]:
-        counts = [self.spec.counts(grid) for grid in grids]
-        return {kind: sum(c[kind] for c in counts) for kind in counts[0]}
+        return sum_counts(map(self.spec.counts, grids))
 
     def _load(self, grids: list[Grid]) -> float:
         return sum(load_of(self.spec.counts(grid), self.spec.load_sets) for grid in grids)
@@ -107,7 +106,7 @@ def test_budgets_of_every_family_can_be_filled(family: str) -> None:
         assert grids
         counts = [encoder.spec.counts(grid) for grid in grids]
         assert sum(c["token"] for c in counts) > 0.8 * budget.tokens
-        assert fits({kind: sum(c[kind] for c in counts) for kind in counts[0]}, budget.capacity)
+        assert fits(sum_counts(counts), budget.capacity)
 
 
 def test_halving_visits_everything_once_from_the_outside() -> None:

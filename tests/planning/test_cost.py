@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from packing_rule import Rule
 from vitgraph.config import EncoderConfig
 from vitgraph.core import Grid, fits
 from vitgraph.planning.budgets import make_budgets
@@ -16,25 +17,7 @@ from vitgraph.planning.cost import CostModel, load_of
 from vitgraph.planning.packing import EAGER_IS_FASTER, Planner
 from vitgraph.planning.search import Prices, best_fit, best_runs, greedy
 
-
-class Rule:
-    """m = 2, one segment per frame, frames never cut."""
-
-    unit = 1
-    splits_by_frame = False
-    load_sets = (("patch", "segment"),)
-
-    def counts(self, grid: Grid) -> dict[str, int]:
-        return {"patch": grid.patches, "token": grid.patches // 4, "item": 1, "segment": grid.t}
-
-    def is_alone(self, counts: dict[str, int]) -> bool:
-        return counts["segment"] == 1
-
-    def capacity(self, tokens: int, max_items: int, max_frames: int) -> dict[str, int]:
-        return {"patch": 4 * tokens, "token": tokens, "item": max_items, "segment": max(max_items, max_frames)}
-
-
-RULE = Rule()
+RULE = Rule(splits_by_frame=False)
 
 
 @st.composite

@@ -7,30 +7,11 @@ from collections import defaultdict
 from hypothesis import given
 from hypothesis import strategies as st
 
+from packing_rule import Rule
 from vitgraph.config import EncoderConfig
-from vitgraph.core import Grid, add_counts, fits
+from vitgraph.core import Grid, fits, sum_counts
 from vitgraph.planning.budgets import make_budgets
 from vitgraph.planning.packing import Planner
-
-
-class Rule:
-    """m = 2, one segment per frame."""
-
-    unit = 1
-    load_sets = (("patch", "segment"),)
-
-    def __init__(self, splits_by_frame: bool = True) -> None:
-        self.splits_by_frame = splits_by_frame
-
-    def counts(self, grid: Grid) -> dict[str, int]:
-        return {"patch": grid.patches, "token": grid.patches // 4, "item": 1, "segment": grid.t}
-
-    def is_alone(self, counts: dict[str, int]) -> bool:
-        return counts["segment"] == 1
-
-    def capacity(self, tokens: int, max_items: int, max_frames: int) -> dict[str, int]:
-        return {"patch": 4 * tokens, "token": tokens, "item": max_items, "segment": max(max_items, max_frames)}
-
 
 grids = st.builds(lambda t, h, w: Grid(t, 2 * h, 2 * w), st.integers(1, 12), st.integers(1, 20), st.integers(1, 20))
 ladders = st.lists(st.integers(1, 800), min_size=1, max_size=8)
@@ -46,9 +27,8 @@ def test_every_item_runs_once_within_every_limit(items, ladder, max_items, max_f
 
     frames = defaultdict(list)
     for pack in packs:
-        total: dict[str, int] = {}
+        total = sum_counts(rule.counts(piece.grid) for piece in pack.pieces)
         for piece in pack.pieces:
-            total = add_counts(total, rule.counts(piece.grid))
             frames[piece.item] += range(piece.first_frame, piece.first_frame + piece.grid.t)
             assert piece.grid[1:] == items[piece.item][1:]
         assert pack.counts == total

@@ -15,7 +15,7 @@ from families import composed, stacked
 from references_qwen import REFERENCES, Qwen25OmniReference
 from vitgraph import EncoderConfig, VisionEncoder
 from vitgraph.attention.sdpa import SdpaAttention
-from vitgraph.core import Counts, Grid, add_counts, fits
+from vitgraph.core import Grid, fits, sum_counts
 from vitgraph.errors import CheckpointError, ConfigError
 from vitgraph.models.contract import Tower
 from vitgraph.models.qwen2_5_vl import WindowedSpec
@@ -126,9 +126,7 @@ frames = st.lists(st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1
 @given(frames, st.integers(1, 6), st.integers(0, 40), st.integers(0, 3))
 def test_what_fits_in_tokens_and_segments_fits_in_windows(sizes, window: int, tokens: int, items: int) -> None:
     spec = WindowedSpec("x", ("image", "video"), 1, 2, 2, 1, buffers=(), window=window)
-    total: Counts = {}
-    for t, h, w in sizes:
-        total = add_counts(total, spec.counts(Grid(t, 2 * h, 2 * w)))
+    total = sum_counts(spec.counts(Grid(t, 2 * h, 2 * w)) for t, h, w in sizes)
     capacity = spec.capacity(total["token"] + tokens, total["item"] + items, total["segment"])
     assert fits(total, capacity)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vitgraph.attention.base import VarlenAttention, tune
 from vitgraph.config import EncoderConfig
-from vitgraph.core import Counts, Grid, Pack
+from vitgraph.core import Counts, Grid, Pack, sum_counts
 from vitgraph.engine.buffers import Arena, MetadataLayout, StaticBuffers
 from vitgraph.engine.graph import CapturedGraph, copy_outputs
 from vitgraph.engine.ladder import WAITING, Ladder, Progress
@@ -187,8 +187,7 @@ class Engine:
     def run_unpacked(self, grids: Sequence[Grid]) -> Outputs:
         """Eager forward of items of these grids, which the largest budget must hold, on whatever pixels lie there."""
         with self._lock, self._guard():
-            counts = [self.planner.counts(grid) for grid in grids]
-            total = {kind: sum(c[kind] for c in counts) for kind in counts[0]}
+            total = sum_counts(self.planner.counts(grid) for grid in grids)
             rows = self.ladder.static(len(self.budgets) - 1).inputs.pixel_values[: total["patch"]]
             return self._run_exact(total, grids, [rows])
 

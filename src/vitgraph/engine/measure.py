@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from vitgraph.core import Grid, fits
+from vitgraph.core import Grid, fits, sum_counts
 from vitgraph.errors import PatchError
 from vitgraph.models.contract import TowerSpec
 from vitgraph.planning.budgets import Budget
@@ -55,11 +55,12 @@ def measure_costs(
     """
     deadline = clock() + seconds
     times: dict[int, float] = {}
+    loads: dict[int, float] = {}
     for index in halving(captured):
         if len(times) >= 2 and clock() > deadline:
             break
-        times[index] = timer.replay(index, usual_items(spec, budgets[index]))
-    loads = {index: _load(spec, usual_items(spec, budgets[index])) for index in times}
+        grids = usual_items(spec, budgets[index])
+        times[index], loads[index] = timer.replay(index, grids), _load(spec, grids)
     slopes, alone = _slopes(spec, budgets, times, loads, timer)
     rows = np.array([budget.capacity["patch"] for budget in budgets])
     slope = _spread(rows, slopes)
@@ -98,20 +99,23 @@ def usual_items(spec: TowerSpec, budget: Budget) -> list[Grid]:
     """Images of about USUAL_TOKENS tokens each that fill the budget as far as they can."""
     per_item = max(USUAL_TOKENS, -(-budget.tokens // budget.capacity["item"]))
     grids: list[Grid] = []
-    tokens = 0
-    while tokens < budget.tokens:
-        grid = _image(spec, min(per_item, budget.tokens - tokens))
-        if grid is None or not _fit(spec, budget, [*grids, grid]):
+    filled = {"token": 0}
+    while filled["token"] < budget.tokens:
+        grid = _image(spec, min(per_item, budget.tokens - filled["token"]))
+        if grid is None:
+            break
+        more = sum_counts([filled, spec.counts(grid)])
+        if not fits(more, budget.capacity):
             break
         grids.append(grid)
-        tokens += spec.counts(grid)["token"]
+        filled = more
     return grids
 
 
 def one_item(spec: TowerSpec, budget: Budget) -> list[Grid]:
     """The largest near-square image that the budget holds, alone."""
     grid = _image(spec, budget.tokens)
-    return [grid] if grid is not None and _fit(spec, budget, [grid]) else []
+    return [grid] if grid is not None and fits(spec.counts(grid), budget.capacity) else []
 
 
 def _image(spec: TowerSpec, tokens: int) -> Grid | None:
@@ -127,11 +131,6 @@ def _image(spec: TowerSpec, tokens: int) -> Grid | None:
     except PatchError:
         return None
     return grid
-
-
-def _fit(spec: TowerSpec, budget: Budget, grids: Sequence[Grid]) -> bool:
-    counts = [spec.counts(grid) for grid in grids]
-    return fits({kind: sum(c[kind] for c in counts) for kind in counts[0]}, budget.capacity)
 
 
 def _load(spec: TowerSpec, grids: Sequence[Grid]) -> float:

@@ -65,12 +65,11 @@ class Staging:
             return
         self.grids.count_hits(len(pack.grids))
         copy_block(buffers.block, kept, stream)
-        if all(rows.device == self._device for rows in pixels):
-            copy_rows(buffers.inputs.pixel_values, pixels, None)
-            return
-        slot = buffers.arena.next_slot()
+        from_host = any(rows.device != self._device for rows in pixels)
+        slot = buffers.arena.next_slot() if from_host else None
         copy_rows(buffers.inputs.pixel_values, pixels, slot)
-        slot.record(stream)
+        if slot is not None:
+            slot.record(stream)
 
     def fill(
         self,

@@ -125,18 +125,17 @@ class TowerSpec:
 
     def is_alone(self, counts: Counts) -> bool:
         """Whether items with these counts are one segment in every segment set."""
-        return all(counts[kind] == 1 for kind in self._segment_kinds)
+        return all(counts[buffer.rows] == 1 for _, buffer in self._segment_buffers)
 
     @cached_property
-    def _segment_kinds(self) -> tuple[str, ...]:
+    def _segment_buffers(self) -> tuple[tuple[SegmentSpec, BufferSpec], ...]:
         buffers = {buffer.name: buffer for buffer in self.buffers}
-        return tuple(buffers[s.name].rows for s in self.segments)
+        return tuple((segments, buffers[segments.name]) for segments in self.segments)
 
     @cached_property
     def load_sets(self) -> tuple[tuple[str, str], ...]:
         """Per segment set that only the budget bounds: the kinds that count its rows and its segments."""
-        buffers = {buffer.name: buffer for buffer in self.buffers}
-        unbounded = [buffers[s.name] for s in self.segments if s.max_length is None]
+        unbounded = [buffer for segments, buffer in self._segment_buffers if segments.max_length is None]
         return tuple((buffer.offset or "patch", buffer.rows) for buffer in unbounded)
 
     def counts(self, grid: Grid) -> Counts:

@@ -124,8 +124,8 @@ class CallReader:
             constants.append((name, constant))
         return CallForm(self._pixels, self.grid, PixelForm.of(pixels, batched), tuple(sorted(constants)))
 
-    def split(self, arguments: Mapping[str, Any], form: CallForm, spec: TowerSpec) -> tuple[list[Tensor], list[Grid]]:
-        """Pixel rows `[P_i, width]` and grid of every item; pictures are one item, (pictures, 1, 1).
+    def split(self, arguments: Mapping[str, Any], form: CallForm, spec: TowerSpec) -> tuple[Tensor, list[Grid]]:
+        """Pixel rows of all items, `[P, width]`, and the grid of every item; pictures are one item, (pictures, 1, 1).
 
         Raises:
             PatchError: rows and grids do not fit each other or the tower, or a picture is padded.
@@ -136,15 +136,8 @@ class CallReader:
             # Read back here, as Transformers does to build the attention mask.
             if not all(bool(arguments[k].all()) for k, v in form.constants if isinstance(v, FullMask)):
                 raise PatchError("a picture is padded: its mask is not true everywhere")
-            return [rows], [Grid(len(rows), 1, 1)]
-        # Grids on the device are read back here. Transformers' own forward reads them, too.
-        grids = [Grid(*grid) for grid in arguments[self.grid].tolist()]
-        for grid in grids:
-            spec.check_grid(grid)
-        sizes = [grid.patches for grid in grids]
-        if sum(sizes) != len(rows):
-            raise PatchError(f"{len(rows)} rows for grids of {sum(sizes)} patches")
-        return list(rows.split(sizes)), grids
+            return rows, [Grid(len(rows), 1, 1)]
+        return rows, host_grids(arguments[self.grid], len(rows), spec)
 
     def _is_default(self, name: str, value: Any) -> bool:
         """Whether an argument says what its absence says; None and False ask nothing of an argument without a name."""
@@ -159,6 +152,26 @@ class CallReader:
         constant = tuple(value) if isinstance(value, list) else value
         parts = constant if isinstance(constant, tuple) else (constant,)
         return constant if all(isinstance(part, (bool, int, str, NoneType)) for part in parts) else NotImplemented
+
+
+def host_grids(grid_thw: Tensor, rows: int, spec: TowerSpec) -> list[Grid]:
+    """The items' grids. Those on the device are read back here; Transformers' own forward reads them, too.
+
+    Args:
+        grid_thw: `[items, 3]`.
+        rows: of all items together.
+        spec: of the tower.
+
+    Raises:
+        PatchError: grids do not fit the tower or the rows.
+    """
+    grids = [Grid(*grid) for grid in grid_thw.tolist()]
+    for grid in grids:
+        spec.check_grid(grid)
+    patches = sum(grid.patches for grid in grids)
+    if patches != rows:
+        raise PatchError(f"{rows} rows for grids of {patches} patches")
+    return grids
 
 
 def first_parameter(module: nn.Module) -> str:

@@ -14,11 +14,9 @@ from torch import Tensor
 
 from vitgraph.core import Grid
 from vitgraph.engine.engine import Outputs
-from vitgraph.errors import PatchError
+from vitgraph.integrations.transformers.call_forms import host_grids
 from vitgraph.integrations.transformers.fallbacks import unknown_argument
 from vitgraph.models.contract import TowerSpec
-
-Rows = list[Tensor]
 
 
 class Call(ABC):
@@ -44,8 +42,8 @@ class Call(ABC):
     def _refuse(self, arguments: Mapping[str, Any]) -> str: ...
 
     @abstractmethod
-    def split(self, arguments: Mapping[str, Any]) -> tuple[Rows, list[Grid]]:
-        """Pixel rows `[P_i, patch_width]` and grid of every item.
+    def split(self, arguments: Mapping[str, Any]) -> tuple[Tensor, list[Grid]]:
+        """Pixel rows of all items, `[P, patch_width]`, and the grid of every item.
 
         Raises:
             PatchError: rows and grids do not fit each other or the tower.
@@ -71,16 +69,9 @@ class GridCall(Call):
             return "rows or grids have another shape or type"
         return "rows or grids have another shape or type" if rows.numel() % self.spec.patch_width else ""
 
-    def split(self, arguments: Mapping[str, Any]) -> tuple[Rows, list[Grid]]:
-        # Grids on the device are read back here. Transformers' own forward reads them, too.
-        grids = [Grid(*grid) for grid in arguments["grid_thw"].tolist()]
-        for grid in grids:
-            self.spec.check_grid(grid)
+    def split(self, arguments: Mapping[str, Any]) -> tuple[Tensor, list[Grid]]:
         rows: Tensor = _rows(arguments).reshape(-1, self.spec.patch_width)
-        sizes = [grid.patches for grid in grids]
-        if sum(sizes) != len(rows):
-            raise PatchError(f"{len(rows)} rows for grids of {sum(sizes)} patches")
-        return list(rows.split(sizes)), grids
+        return rows, host_grids(arguments["grid_thw"], len(rows), self.spec)
 
     def join(self, outputs: Sequence[Outputs], arguments: Mapping[str, Any]) -> Any:
         tokens, hidden = _join(outputs, 0), _join(outputs, 1)
@@ -125,12 +116,12 @@ class TileCall(Call):
             return "there is no image"
         return "" if tuple(pixels.shape[1:]) == (3, size, size) else "tiles are of another size"
 
-    def split(self, arguments: Mapping[str, Any]) -> tuple[Rows, list[Grid]]:
+    def split(self, arguments: Mapping[str, Any]) -> tuple[Tensor, list[Grid]]:
         side, patch = self.side, self.patch
         tiles: Tensor = arguments["pixel_values"]
         cells = tiles.unflatten(3, (side, patch)).unflatten(2, (side, patch))
         rows = cells.permute(0, 2, 4, 1, 3, 5).reshape(-1, self.spec.patch_width)
-        return [rows], [Grid(len(tiles), side, side)]
+        return rows, [Grid(len(tiles), side, side)]
 
     def join(self, outputs: Sequence[Outputs], arguments: Mapping[str, Any]) -> Any:
         last = _join(outputs, 0)[0].unflatten(0, (-1, 1 + self.side**2))

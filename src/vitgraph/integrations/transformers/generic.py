@@ -24,7 +24,7 @@ from vitgraph.integrations.transformers.module_tower import ModuleTower
 from vitgraph.integrations.transformers.probe_grids import grid_tower
 from vitgraph.integrations.transformers.probe_tiles import tile_settings, tile_tower
 from vitgraph.integrations.transformers.verify import Place
-from vitgraph.integrations.transformers.watch import WeightWatch, replaced_forward
+from vitgraph.integrations.transformers.watch import WeightWatch
 from vitgraph.integrations.transformers.weights import place_of
 
 logger = logging.getLogger("vitgraph")
@@ -91,7 +91,6 @@ class GenericBackend:
         self._asked: dict[CallForm, int] = {}
         self._released = False
         self._watch = WeightWatch(module)
-        self._inner = [child for child in module.modules() if child is not module]
         engine = self._make(None)
         self._batched = self._tower(engine).call.form.batched
         self._add(engine)
@@ -116,9 +115,9 @@ class GenericBackend:
             return form
         with self._lock:
             self._follow()
-            replaced = replaced_forward(self._inner)
+            replaced = self._watch.refuse_replaced()
             if replaced:
-                return f"{replaced} inside the module has a forward of its own"
+                return replaced
             if form in self._engines:
                 return ""
             if form not in self._refused and self._worth_it(form):
@@ -192,7 +191,6 @@ class GenericBackend:
         if self._watch.moved():
             self._forget()
             self._watch = WeightWatch(self._module)
-            self._inner = [child for child in self._module.modules() if child is not self._module]
 
     def _forget(self) -> None:
         for engine in self._engines.values():

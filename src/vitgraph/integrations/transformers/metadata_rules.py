@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitgraph.core import Counts, Grid, add_counts
+from vitgraph.core import Counts, Grid, sum_counts
 from vitgraph.engine.buffers import MetadataLayout
 from vitgraph.errors import UnsupportedModuleError
 from vitgraph.integrations.transformers.recorder import RecordedCall
@@ -163,10 +163,7 @@ def join_items(
         if shapes != {buffer.trailing}:
             raise UnsupportedModuleError(f"{buffer.name!r} has a shape that changes with the items: {sorted(shapes)}")
     plans = [GridPlan(spec.counts(grid), item) for grid, item in zip(grids, items, strict=True)]
-    total: Counts = {}
-    for plan in plans:
-        total = add_counts(total, plan.counts)
-    layout = MetadataLayout(spec, total)
+    layout = MetadataLayout(spec, sum_counts(plan.counts for plan in plans))
     arrays = layout.arrays(np.zeros(max(layout.nbytes, 1), dtype=np.uint8))
     layout.write(arrays, plans)
     return {buffer.name: arrays[buffer.name][buffer.lead :] for buffer in spec.buffers}

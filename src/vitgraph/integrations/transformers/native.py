@@ -20,7 +20,7 @@ from vitgraph.integrations.transformers.agreement import disagreement
 from vitgraph.integrations.transformers.backend import Backend
 from vitgraph.integrations.transformers.calls import CALLS, Call
 from vitgraph.integrations.transformers.native_families import NativeFamily, native_family, native_names
-from vitgraph.integrations.transformers.watch import WeightWatch, replaced_forward
+from vitgraph.integrations.transformers.watch import WeightWatch
 from vitgraph.integrations.transformers.weights import TowerWeights, bind, place_of
 
 
@@ -56,7 +56,6 @@ class NativeBackend:
     def __init__(self, module: nn.Module, row: NativeFamily, config: EncoderConfig) -> None:
         self._module, self._row, self._config = module, row, config
         self._lock = RLock()
-        self._inner = [child for child in module.modules() if child is not module]
         self._watch = WeightWatch(module)
         self._engine: Engine | None = None
         self._weights: TowerWeights | None = None
@@ -78,12 +77,7 @@ class NativeBackend:
     def refuse(self, arguments: Mapping[str, Any]) -> str:
         with self._lock:
             self._follow()
-            if self._broken:
-                return self._broken
-            replaced = replaced_forward(self._inner)
-            return (
-                f"{replaced} inside the module has a forward of its own" if replaced else self._call.refuse(arguments)
-            )
+            return self._broken or self._watch.refuse_replaced() or self._call.refuse(arguments)
 
     def run(self, arguments: Mapping[str, Any]) -> Any:
         # Static buffers outlive the caller's inference mode, in which no tensor that does may be made.
@@ -133,7 +127,6 @@ class NativeBackend:
             return
         if self._watch.moved():
             self._drop("its weights moved")
-            self._inner = [child for child in self._module.modules() if child is not self._module]
             self._watch = WeightWatch(self._module)
             try:
                 self._build()

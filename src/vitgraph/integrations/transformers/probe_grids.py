@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vitgraph.attention.base import VarlenAttention
-from vitgraph.core import Counts, Grid, add_counts
+from vitgraph.core import Grid, sum_counts
 from vitgraph.errors import UnsupportedModuleError
 from vitgraph.integrations.transformers.attention_function import ATTENTION_NAME, register, with_attention
 from vitgraph.integrations.transformers.call_forms import CallForm, PixelForm, first_parameter
@@ -79,7 +79,7 @@ def _tower(
     tensors = [form.flatten(output) for output in outputs]
     merge = _merge(calls, packs, tensors)
     spec = _spec(plain, call, calls, packs, merge)
-    totals = [_total(spec, grids) for grids in packs]
+    totals = [sum_counts(map(spec.counts, grids)) for grids in packs]
     leaves = find_leaves(form, outputs, totals)
     spec = replace(
         spec,
@@ -162,13 +162,6 @@ def _splits(spec: ModuleSpec, calls: Sequence[RecordedCall], leaves: Sequence[Le
     frames = [Grid(1, clip.h, clip.w)] * clip.t
     joined = join_items(spec, [item_arrays(calls, [frame]) for frame in frames], frames)
     return all((joined[name] == array).all() for name, array in item_arrays(calls, [clip]).items())
-
-
-def _total(spec: ModuleSpec, grids: Sequence[Grid]) -> Counts:
-    total: Counts = {}
-    for grid in grids:
-        total = add_counts(total, spec.counts(grid))
-    return total
 
 
 def _unit(config: Any) -> int:

@@ -37,6 +37,7 @@ class WeightWatch:
     """The submodules and parameters of a module: whether they are still the same objects at the same addresses."""
 
     def __init__(self, module: nn.Module) -> None:
+        self._inner = _inside(module)
         self._tree = TreeWatch(module)
         slots = [(m._parameters, name, value) for m in module.modules() for name, value in m._parameters.items()]
         self._parameters = Slots(slots)
@@ -51,6 +52,13 @@ class WeightWatch:
         """Whether a submodule or parameter was replaced, or a parameter's memory is another."""
         return self._tree.changed() or self._parameters.changed() or self._locate() != self._addresses
 
+    def refuse_replaced(self) -> str:
+        """Why a call must run the module's own forward: that of a submodule was replaced on the instance, other than to
+        place inputs. Empty when none was."""
+        replaced = (m for m in self._inner if "forward" in m.__dict__ and not _only_placed(m))
+        found = next(replaced, None)
+        return "" if found is None else f"{type(found).__name__} inside the module has a forward of its own"
+
 
 class HookWatch:
     """Forward hooks on the modules inside a module: they would not see a call that does not run those modules.
@@ -59,8 +67,7 @@ class HookWatch:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        inner = [child for child in module.modules() if child is not module]
-        self._hooks = [hooks for m in inner for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self._hooks = [hooks for m in _inside(module) for hooks in (m._forward_hooks, m._forward_pre_hooks)]
 
     def any(self) -> bool:
         """Whether a hook is registered that does something."""
@@ -71,9 +78,8 @@ def _acts(hooks: dict[int, Any]) -> bool:
     return any(getattr(hook, "__module__", "") != RECORDER for hook in hooks.values())
 
 
-def replaced_forward(modules: Iterable[nn.Module]) -> str:
-    """Class of a module whose forward was replaced on the instance, other than to place inputs; "" for none."""
-    return next((type(m).__name__ for m in modules if "forward" in m.__dict__ and not _only_placed(m)), "")
+def _inside(module: nn.Module) -> list[nn.Module]:
+    return [child for child in module.modules() if child is not module]
 
 
 def only_places(hook: Any) -> bool:

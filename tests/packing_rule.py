@@ -1,0 +1,24 @@
+"""A made-up tower's sizes, for tests of planning."""
+
+from __future__ import annotations
+
+from vitgraph.core import Grid
+
+
+class Rule:
+    """m = 2, one segment per frame."""
+
+    unit = 1
+    load_sets = (("patch", "segment"),)
+
+    def __init__(self, splits_by_frame: bool = True) -> None:
+        self.splits_by_frame = splits_by_frame
+
+    def counts(self, grid: Grid) -> dict[str, int]:
+        return {"patch": grid.patches, "token": grid.patches // 4, "item": 1, "segment": grid.t}
+
+    def is_alone(self, counts: dict[str, int]) -> bool:
+        return counts["segment"] == 1
+
+    def capacity(self, tokens: int, max_items: int, max_frames: int) -> dict[str, int]:
+        return {"patch": 4 * tokens, "token": tokens, "item": max_items, "segment": max(max_items, max_frames)}
