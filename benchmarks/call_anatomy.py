@@ -8,16 +8,11 @@ part of it before the call returns, `replay` the device time of the packs' graph
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
-from pathlib import Path
 
-from measuring import call_times, replay_time
+from measuring import arguments, call_times, make_encoder, replay_time, write_report
 
-from vitgraph import EncoderConfig, VisionEncoder
-from vitgraph.bench.geometries import geometry
-from vitgraph.bench.report import environment
+from vitgraph import VisionEncoder
 from vitgraph.bench.workloads import parse_workload, random_patches
 
 MIXED = "1x14x14+11x20x20+6x28x28+8x42x42+6x64x64"
@@ -44,29 +39,22 @@ def anatomy(encoder: VisionEncoder, text: str) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--geometry", default="qwen3-vl-8b")
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    config = EncoderConfig(compile=arguments.compile)
-    with VisionEncoder.from_config(geometry(arguments.geometry), device="cuda", config=config) as encoder:
+    chosen = arguments(__doc__, flags=["compile"], geometry="qwen3-vl-8b")
+    with make_encoder(chosen.geometry, compile=chosen.compile) as encoder:
         start = time.perf_counter()
         encoder.capture(progress=False)
         capture = time.perf_counter() - start
         stats = encoder.stats
         rows = [anatomy(encoder, text) for text in WORKLOADS]
-        report = {**environment(encoder.device), "geometry": arguments.geometry, "compile": arguments.compile}
-    report |= {"capture_seconds": capture, "graphs": stats.captured_graphs, "graph_bytes": stats.graph_bytes}
-    report |= {"static_bytes": stats.static_bytes, "results": rows}
+    facts = {"geometry": chosen.geometry, "compile": chosen.compile, "capture_seconds": capture}
+    facts |= {"graphs": stats.captured_graphs, "graph_bytes": stats.graph_bytes, "static_bytes": stats.static_bytes}
     print(f"{stats.captured_graphs} graphs captured in {capture:.2f} s, pool {stats.graph_bytes / 1e6:.0f} MB")
     for row in rows:
         print(
             f"{row['workload'][:12]:12} call {row['call_ms']:8.2f} ms  host {row['host_ms']:6.2f} ms  "
             f"replay {row['replay_ms']:8.2f} ms  padding {row['padding']:6.1%}  budgets {row['budgets']}"
         )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(chosen.json, rows, **facts)
 
 
 if __name__ == "__main__":

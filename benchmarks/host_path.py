@@ -9,18 +9,14 @@ graph launch; `after` the copies of the results and their split, while the GPU a
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
 import statistics
 import time
-from pathlib import Path
 
 import torch
+from measuring import arguments, make_encoder, write_report
 
-from vitgraph import EncoderConfig, VisionEncoder
-from vitgraph.bench.geometries import geometry
-from vitgraph.bench.report import environment
+from vitgraph import VisionEncoder
 from vitgraph.core import Grid
 from vitgraph.engine.graph import CapturedGraph
 
@@ -90,26 +86,22 @@ def row(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--geometry", default="qwen3-vl-8b")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    with VisionEncoder.from_config(geometry(arguments.geometry), device="cuda", config=EncoderConfig()) as encoder:
+    chosen = arguments(__doc__, geometry="qwen3-vl-8b")
+    # Strict: every call replays graphs.
+    with make_encoder(chosen.geometry, strict=True) as encoder:
         encoder.capture(progress=False)
-        graphs = encoder.engine.ladder.graphs
         launches: list[tuple[float, float]] = []
-        for index, graph in list(graphs.items()):
-            graphs[index] = Watched(graph, launches)  # type: ignore[assignment]
+        for graphs in (encoder.engine.ladder.graphs, encoder.engine.ladder.alone):
+            for index, graph in list(graphs.items()):
+                graphs[index] = Watched(graph, launches)  # type: ignore[assignment]
         rows = [row(encoder, launches, n, "device", fresh) for n in ITEMS for fresh in (False, True)]
         rows += [row(encoder, launches, 8, place, False) for place in PLACES[1:]]
-        report = {**environment(encoder.device), "geometry": arguments.geometry, "results": rows}
     for r in rows:
         print(
             f"{r['items']:3} items, {r['batch']:5} batch, pixels {r['pixels']:8}  before {r['before_us']:7.1f} us  "
             f"launch {r['launch_us']:6.1f} us  after {r['after_us']:7.1f} us"
         )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(chosen.json, rows, geometry=chosen.geometry)
 
 
 if __name__ == "__main__":

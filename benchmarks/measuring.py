@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from vitgraph import EncoderConfig, VisionEncoder
+from vitgraph.attention.trial import elapsed
 from vitgraph.bench.geometries import geometry
 from vitgraph.bench.report import environment
 from vitgraph.core import Grid
@@ -42,16 +43,7 @@ def call_times(call: Callable[[], object], runs: int = RUNS) -> tuple[float, flo
 
 def device_time(call: Callable[[], object], runs: int = RUNS) -> float:
     """Median time between events around one call, milliseconds."""
-    times = []
-    for run in range(WARMUP + runs):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        if run >= WARMUP:
-            times.append(start.elapsed_time(end))
-    return statistics.median(times)
+    return statistics.median([elapsed(call) / 1e3 for _ in range(WARMUP + runs)][WARMUP:])
 
 
 def matmul_ceiling(size: int = 8192) -> float:
@@ -90,11 +82,13 @@ def make_encoder(name: str, **settings: Any) -> VisionEncoder:
     return VisionEncoder.from_config(geometry(name), device="cuda", config=EncoderConfig(**settings))
 
 
-def arguments(description: str | None, **defaults: str) -> argparse.Namespace:
-    """Parses `--json FILE` and one option per default."""
+def arguments(description: str | None, flags: Sequence[str] = (), **defaults: str) -> argparse.Namespace:
+    """Parses `--json FILE`, flags, and one option per default."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", default=default)
+    for flag in flags:
+        parser.add_argument(f"--{flag}", action="store_true")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 

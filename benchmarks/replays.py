@@ -1,6 +1,6 @@
 """Replay time by size, with the utilisation of the GPU, and where the time goes.
 
-    python benchmarks/replays.py [--geometry qwen3-vl-8b] [--profile yes] [--json FILE]
+    python benchmarks/replays.py [--geometry qwen3-vl-8b] [--profile] [--json FILE]
 
 Needs a CUDA device. Each number of patches as one image and as eight equal images, in a budget of exactly that size.
 `MFU` is model FLOPs (without padding) over time and over the measured matmul ceiling. With --profile, kernel times by
@@ -73,7 +73,7 @@ def measure(encoder: VisionEncoder, grids: list[Grid], ceiling: float, profiled:
 
 
 def main() -> None:
-    chosen = arguments(__doc__, geometry="qwen3-vl-8b", profile="no")
+    chosen = arguments(__doc__, flags=["profile"], geometry="qwen3-vl-8b")
     budgets = tuple(patches // 4 for patches in ONE)
     ceiling = matmul_ceiling()
     print(f"matmul ceiling {ceiling:.0f} TFLOP/s")
@@ -83,7 +83,7 @@ def main() -> None:
         layers = sum(isinstance(module, Attention) for module in encoder.tower.modules())
         for patches in ONE:
             for grids in ([Grid(1, *ONE[patches])], [Grid(1, *EIGHT[patches])] * 8):
-                cell = measure(encoder, grids, ceiling, chosen.profile == "yes")
+                cell = measure(encoder, grids, ceiling, chosen.profile)
                 rows.append(cell)
                 kernels = cell.get("kernels_us") or {}
                 detail = "  ".join(f"{kind} {us / layers:.1f}" for kind, us in kernels.items())  # type: ignore[attr-defined]

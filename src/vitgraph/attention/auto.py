@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vitgraph.attention.base import Segments, VarlenAttention, tune
-from vitgraph.attention.choices import load_times, save_times
+from vitgraph.attention.choices import choice_key, measure_once
 from vitgraph.attention.trial import Time, device_time, nearest_class, segments_of
 
 logger = logging.getLogger("vitgraph")
@@ -89,10 +89,7 @@ class AutoAttention:
 
     def _choose(self, heads: int, head_dim: int) -> None:
         key = self._key(heads, head_dim)
-        times = load_times(key)
-        if times is None:
-            times = {rows: self._measure(rows, heads, head_dim) for rows in CLASSES}
-            save_times(key, times)
+        times = measure_once(key, CLASSES, lambda rows: self._measure(rows, heads, head_dim))
         candidates = {backend.name: backend for backend in (self.own, *self.others)}
         for rows, own in times.items():
             best = min(own, key=lambda name: own[name] * (1 if name == self.own.name else 1 / MARGIN))
@@ -116,5 +113,4 @@ class AutoAttention:
 
     def _key(self, heads: int, head_dim: int) -> str:
         gpu = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else str(self._device)
-        versions = [f"torch {torch.__version__}", *(f"{b.name} {b.version()}" for b in self.others)]
-        return " | ".join([gpu, *versions, f"{heads} x {head_dim}", str(self._dtype).removeprefix("torch.")])
+        return choice_key(gpu, [f"{b.name} {b.version()}" for b in self.others], heads, head_dim, self._dtype)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+
+import torch
 
 logger = logging.getLogger("vitgraph")
 
@@ -20,6 +22,34 @@ def cache_folder() -> Path:
     if "VITGRAPH_CACHE" in os.environ:
         return Path(os.environ["VITGRAPH_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vitgraph"
+
+
+def choice_key(gpu: str, subjects: Sequence[str], heads: int, head_dim: int, dtype: torch.dtype) -> str:
+    """Names what was measured.
+
+    Args:
+        gpu: name of the device.
+        subjects: what is compared, with versions.
+        heads, head_dim, dtype: of q, k and v.
+    """
+    kind = str(dtype).removeprefix("torch.")
+    return " | ".join([gpu, f"torch {torch.__version__}", *subjects, f"{heads} x {head_dim}", kind])
+
+
+def measure_once(key: str, classes: Iterable[int], measure: Callable[[int], dict[str, float]]) -> Times:
+    """What was measured under this key before, or else what `measure` gives for each class, which is then kept.
+
+    Args:
+        key: see `choice_key`.
+        classes: numbers of rows.
+        measure: from rows to microseconds by name.
+    """
+    times = load_times(key)
+    if times is None:
+        logger.info("measuring once: %s", key)
+        times = {rows: measure(rows) for rows in classes}
+        save_times(key, times)
+    return times
 
 
 def load_times(key: str, path: Path | None = None) -> dict[int, dict[str, float]] | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vitgraph.attention.base import Segments
-from vitgraph.attention.choices import load_times, save_times
+from vitgraph.attention.choices import choice_key, measure_once
 from vitgraph.attention.trial import Time, nearest_class, segments_of, usual_lengths
 
 logger = logging.getLogger("vitgraph")
@@ -78,13 +78,8 @@ class KernelConfigs:
         """
         if self._tuned or any(part in gpu for part in SHIPPED_FOR):
             return
-        kind = str(dtype).removeprefix("torch.")
-        key = f"{gpu} | torch {torch.__version__} | our kernel | {heads} x {head_dim} | {kind}"
-        times = load_times(key)
-        if times is None:
-            logger.info("measuring attention kernels on %s, once", gpu)
-            times = {rows: _measure(run, rows, heads, head_dim, device, dtype, time) for rows in CLASSES}
-            save_times(key, times)
+        key = choice_key(gpu, ["our kernel"], heads, head_dim, dtype)
+        times = measure_once(key, CLASSES, lambda rows: _measure(run, rows, heads, head_dim, device, dtype, time))
         known = {config.name: config for config in CANDIDATES}
         for rows, own in times.items():
             # A file of another version may name configurations that are no more.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
+from vitgraph.attention.trial import elapsed
 from vitgraph.core import Grid
 from vitgraph.engine.graph import CapturedGraph
 from vitgraph.engine.ladder import Ladder
@@ -49,10 +50,10 @@ class EngineTimer:
             # The first launch of a graph also uploads it.
             self._warm.add((budget, alone))
             graph.replay()
-            once = self._timed(graph.replay, 1)
+            once = elapsed(graph.replay, 1)
             if once > ENOUGH_US:
                 return once
-        return self._timed(graph.replay, max(min(int(ENOUGH_US / max(once, 1.0)), MOST_RUNS), 1))
+        return elapsed(graph.replay, max(min(int(ENOUGH_US / max(once, 1.0)), MOST_RUNS), 1))
 
     def eager(self, grids: Sequence[Grid]) -> float:
         """Microseconds until an eager run is done, host time included."""
@@ -61,16 +62,6 @@ class EngineTimer:
         self._engine.run_unpacked(grids)
         self._synchronize()
         return (time.perf_counter() - start) * 1e6
-
-    def _timed(self, call: Callable[[], object], runs: int) -> float:
-        stream = torch.cuda.current_stream(self._engine.device)
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record(stream)
-        for _ in range(runs):
-            call()
-        end.record(stream)
-        end.synchronize()
-        return start.elapsed_time(end) * 1e3 / runs
 
     def _synchronize(self) -> None:
         torch.cuda.synchronize(self._engine.device)
