@@ -42,18 +42,17 @@ class EngineTimer:
         return budget in self._engine.ladder.alone
 
     def replay(self, budget: int, grids: Sequence[Grid], alone: bool = False) -> float:
-        """Microseconds of one replay: the mean of a few in a row, on the device."""
+        """Microseconds of one replay on the device: a long one runs once, of short ones a few in a row."""
         self._engine.stage(budget, grids)
         graph = self._engine.captured(budget, alone)
-        once = 0.0
         if (budget, alone) not in self._warm:
             # The first launch of a graph also uploads it.
             self._warm.add((budget, alone))
             graph.replay()
-            once = elapsed(graph.replay, 1)
-            if once > ENOUGH_US:
-                return once
-        return elapsed(graph.replay, max(min(int(ENOUGH_US / max(once, 1.0)), MOST_RUNS), 1))
+        once = elapsed(graph.replay)
+        if once > ENOUGH_US:
+            return once
+        return elapsed(graph.replay, min(int(ENOUGH_US / max(once, 1.0)), MOST_RUNS))
 
     def eager(self, grids: Sequence[Grid]) -> float:
         """Microseconds until an eager run is done, host time included."""
