@@ -10,7 +10,8 @@ from torch import nn
 from vitgraph.layers.block import Attention, Block
 from vitgraph.layers.mlp import GatedMlp, Mlp
 from vitgraph.layers.norm import RMSNorm
-from vitgraph.layers.ops import add_norm, fused_norm, linear_gelu_tanh, rotate_qk
+from vitgraph.layers.ops import add_norm, add_table, fused_norm, layer_norm, linear_gelu_tanh, rotate_qk
+from vitgraph.layers.pos_embed import gather_table
 from vitgraph.layers.rotary import apply_rotary
 from vitgraph.models.weights import randomise
 
@@ -48,6 +49,25 @@ def test_norm_equals_torch(kind: type, dim: int, with_bias: bool) -> None:
     total = x.float() + delta.float()
     assert error(y, norm(total)) < 4e-3
     assert torch.equal(residual, (total if bias is None else total + bias.float()).to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("taps, dim", [(4, 1152), (16, 1536), (4, 64)])
+def test_adding_a_table_equals_its_plain_form(taps: int, dim: int) -> None:
+    x = torch.randn(37, dim, device="cuda", dtype=torch.bfloat16)
+    table = torch.randn(50, dim, device="cuda", dtype=torch.bfloat16)
+    index = torch.randint(0, 50, (37, taps), device="cuda", dtype=torch.int32)
+    weight = torch.rand(37, taps, device="cuda")
+    want = x + gather_table(table, index, weight).to(x.dtype)
+    assert error(add_table(x, table, index, weight), want) < 1e-3
+
+
+@pytest.mark.parametrize("dim", [1152, 4608, 6144])
+def test_layer_norm_of_mergers_equals_torch(dim: int) -> None:
+    norm = nn.LayerNorm(dim, eps=1e-6).cuda().to(torch.bfloat16).requires_grad_(False)
+    randomise(norm, 0)
+    x = 3 * torch.randn(33, dim, device="cuda", dtype=torch.bfloat16) + 1
+    got = layer_norm(x, norm)
+    assert error(got, norm.float()(x.float())) < 4e-3
 
 
 def test_gelu_epilogue_is_the_tanh_form() -> None:

@@ -92,7 +92,7 @@ def test_masked_reference_equals_the_one_by_segments(case: str) -> None:
     assert (masked[start:] == 0).all()
 
 
-@pytest.mark.parametrize("heads, head_dim", [(16, 72), (4, 16), (3, 128)])
+@pytest.mark.parametrize("heads, head_dim", [(16, 72), (4, 16), (3, 128), (2, 88)])
 def test_rotary_equals_its_plain_form(heads: int, head_dim: int) -> None:
     from vitgraph.layers.rotary_triton import rotate_in_place
 
@@ -101,6 +101,18 @@ def test_rotary_equals_its_plain_form(heads: int, head_dim: int) -> None:
     want, values = apply_rotary(qkv[:, :2], angles.cos(), angles.sin()), qkv[:, 2].clone()
     torch.testing.assert_close(rotate_in_place(qkv[:, :2], angles.cos(), angles.sin()), want)
     assert torch.equal(qkv[:, 2], values)
+
+
+@pytest.mark.parametrize("taps", [4, 16])
+@pytest.mark.parametrize("dim", [64, 1152])
+def test_adding_a_table_equals_its_plain_form(dim: int, taps: int) -> None:
+    from vitgraph.layers.pos_embed import gather_table
+    from vitgraph.layers.pos_embed_triton import add_table_in_place
+
+    x, table = torch.randn(7, dim), torch.randn(30, dim)
+    index, weight = torch.randint(0, 30, (7, taps), dtype=torch.int32), torch.randn(7, taps)
+    want = x + gather_table(table, index, weight)
+    torch.testing.assert_close(add_table_in_place(x, table, index, weight), want)
 
 
 @pytest.mark.parametrize("dim", [64, 72, 1152, 3200])

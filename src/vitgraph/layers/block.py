@@ -103,4 +103,5 @@ class Block(nn.Module):
             y, x = add_norm(x, y, self.norm2, None, self.scale1)
             return torch.addcmul(x, self.scale2, down(self.mlp.up(y)))
         y, x = add_norm(x, y, self.norm2, down.bias, self.scale1)
-        return torch.addmm(x, self.mlp.up(y), down.weight.t())
+        # In place: torch.addmm would copy the residual first.
+        return x.addmm_(self.mlp.up(y), down.weight.t())

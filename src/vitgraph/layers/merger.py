@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitgraph.layers.ops import layer_norm
+
 
 class PatchMerger(nn.Module):
     """Norm, concatenate m*m rows, Linear, GELU (exact), Linear: `[P, D] -> [P / m^2, C]`.
@@ -26,5 +28,6 @@ class PatchMerger(nn.Module):
         self.fc2 = nn.Linear(self.width, out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(x.view(-1, self.width)) if self.norm_after_concat else self.norm(x).view(-1, self.width)
+        rows = x.view(-1, self.width) if self.norm_after_concat else x
+        x = layer_norm(rows, self.norm).view(-1, self.width)
         return self.fc2(F.gelu(self.fc1(x)))

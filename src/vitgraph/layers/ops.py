@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitgraph.layers.norm import RMSNorm
+from vitgraph.layers.pos_embed import gather_table
 from vitgraph.layers.rotary import apply_rotary
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
@@ -43,6 +44,18 @@ def _rotate_op(qk: Tensor, cos: Tensor, sin: Tensor) -> None:
     _rotate(qk, cos, sin)
 
 
+def add_table(x: Tensor, table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    """`x + gather_table(table, index, weight)` in the dtype of `x [P, D]`; may work in place.
+
+    CUDA: one Triton kernel. Elsewhere: `gather_table`.
+    """
+    if not (x.is_cuda and HAS_TRITON) or torch.compiler.is_compiling():
+        return x + gather_table(table, index, weight).to(x.dtype)
+    from vitgraph.layers.pos_embed_triton import add_table_in_place
+
+    return add_table_in_place(x, table, index, weight)
+
+
 def fuses_residual(x: Tensor, norm: nn.Module) -> bool:
     """Whether `fused_norm` and `add_norm` have a kernel for this input and norm; torch.compile fuses by itself."""
     if not (x.is_cuda and HAS_TRITON and x.dtype in HALF_DTYPES) or torch.compiler.is_compiling():
@@ -56,6 +69,11 @@ def fused_norm(x: Tensor, norm: nn.Module) -> Tensor:
 
     assert isinstance(norm, (nn.LayerNorm, RMSNorm))
     return norm_triton.norm(x, norm.weight, _bias(norm), norm.eps)
+
+
+def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """`norm(x)`: `x [P, D]`. CUDA: one Triton kernel."""
+    return fused_norm(x, norm) if fuses_residual(x, norm) else norm(x)
 
 
 def add_norm(

@@ -9,6 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+BLOCK = 128
+WIDEST_CHUNK = 8
+
 
 @triton.jit
 def _rotate_kernel(
@@ -16,19 +19,25 @@ def _rotate_kernel(
     cos_ptr,
     sin_ptr,
     stride,
+    chunks,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
-    HEADS_P2: tl.constexpr,
-    HALF_P2: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """One program rotates HEADS heads of one row."""
-    row = tl.program_id(0).to(tl.int64)
-    heads = tl.arange(0, HEADS_P2)[:, None]
-    dims = tl.arange(0, HALF_P2)[None, :]
-    mask = (heads < HEADS) & (dims < HALF)
-    cos = tl.load(cos_ptr + row * HALF + dims, mask=dims < HALF, other=1.0)
-    sin = tl.load(sin_ptr + row * HALF + dims, mask=dims < HALF, other=0.0)
-    first_ptr = x_ptr + row * stride + heads * (2 * HALF) + dims
+    """One program rotates BLOCK chunks, each CHUNK neighbouring pairs of one head; chunks are counted over all rows, so
+    that no lane idles where half a head is no power of two."""
+    PER_HEAD: tl.constexpr = HALF // CHUNK
+    chunk = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = (chunk // (HEADS * PER_HEAD)).to(tl.int64)
+    within = chunk % (HEADS * PER_HEAD)
+    first_dim = within % PER_HEAD * CHUNK
+    lanes = tl.arange(0, CHUNK)[None, :]
+    mask = (chunk < chunks)[:, None] & (lanes < CHUNK)
+    angle = (row * HALF + first_dim)[:, None] + lanes
+    cos = tl.load(cos_ptr + angle, mask=mask, other=1.0)
+    sin = tl.load(sin_ptr + angle, mask=mask, other=0.0)
+    first_ptr = x_ptr + (row * stride + within // PER_HEAD * (2 * HALF) + first_dim)[:, None] + lanes
     second_ptr = first_ptr + HALF
     first = tl.load(first_ptr, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(second_ptr, mask=mask, other=0.0).to(tl.float32)
@@ -44,15 +53,11 @@ def rotate_in_place(qk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     rows, two, heads, head_dim = qk.shape
     assert qk.stride()[1:] == (heads * head_dim, head_dim, 1), "q and k heads must lie one after another"
-    _rotate_kernel[(rows,)](
-        qk,
-        cos,
-        sin,
-        qk.stride(0),
-        HEADS=two * heads,
-        HALF=head_dim // 2,
-        HEADS_P2=triton.next_power_of_2(two * heads),
-        HALF_P2=triton.next_power_of_2(head_dim // 2),
-        num_warps=2,
+    half = head_dim // 2
+    # The widest power of two that divides half a head: a chunk is one load of its size.
+    chunk = min(half & -half, WIDEST_CHUNK)
+    chunks = rows * two * heads * (half // chunk)
+    _rotate_kernel[(triton.cdiv(chunks, BLOCK),)](
+        qk, cos, sin, qk.stride(0), chunks, HEADS=two * heads, HALF=half, CHUNK=chunk, BLOCK=BLOCK
     )
     return qk

@@ -21,9 +21,10 @@ from vitgraph.core import Grid
 from vitgraph.layers.block import Attention, Block
 from vitgraph.layers.mlp import GatedMlp
 from vitgraph.layers.norm import RMSNorm
+from vitgraph.layers.ops import add_table
 from vitgraph.layers.order import frame_coordinates, repeat_frames, segment_ends
 from vitgraph.layers.patch_embed import PatchEmbed
-from vitgraph.layers.pos_embed import gather_table, table_taps
+from vitgraph.layers.pos_embed import table_taps
 from vitgraph.layers.rotary import axial_angles, axis_frequencies
 from vitgraph.models.contract import BufferSpec, Tower, TowerBuffers, TowerSpec, cu_seqlens_buffer
 from vitgraph.models.fields import read_fields
@@ -156,8 +157,7 @@ class Glm4vTower(Tower):
     def forward(self, buffers: TowerBuffers) -> Tensor:
         meta, segments = buffers.metadata, buffers.segments["cu_seqlens"]
         x = self.patch_norm(self.patch_embed(buffers.pixel_values))
-        table = gather_table(self.pos_embed.weight, meta["interp_indices"], meta["interp_weights"])
-        x = x + table.to(x.dtype)
+        x = add_table(x, self.pos_embed.weight, meta["interp_indices"], meta["interp_weights"])
         angles = axial_angles(meta["position_ids"], self.frequencies)
         rotary = angles.cos(), angles.sin()
         for block in self.blocks:

@@ -113,8 +113,10 @@ class KimiK25Tower(KimiVLTower):
             "cu_seqlens": segment_ends(grid, per_frame=False),
         }
 
-    def positions(self, meta: Mapping[str, Tensor]) -> Tensor:
-        return super().positions(meta) + self.time_table.index_select(0, meta["frame_index"])
+    def add_positions(self, x: Tensor, meta: Mapping[str, Tensor]) -> Tensor:
+        # Both tables are summed before the one rounding.
+        table = gather_table(self.pos_emb.weight, meta["interp_indices"], meta["interp_weights"])
+        return x + (table + self.time_table.index_select(0, meta["frame_index"])).to(x.dtype)
 
     def forward(self, buffers: TowerBuffers) -> Tensor:
         x = self.encode(buffers)

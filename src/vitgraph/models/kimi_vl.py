@@ -20,9 +20,10 @@ from vitgraph.core import Grid
 from vitgraph.layers.block import Attention, Block
 from vitgraph.layers.merger import PatchMerger
 from vitgraph.layers.mlp import Mlp
+from vitgraph.layers.ops import add_table
 from vitgraph.layers.order import frame_coordinates, merge_gather, segment_ends
 from vitgraph.layers.patch_embed import PatchEmbed
-from vitgraph.layers.pos_embed import gather_table, table_taps
+from vitgraph.layers.pos_embed import table_taps
 from vitgraph.layers.rotary import alternating_angles, axis_frequencies
 from vitgraph.models.contract import BufferSpec, Tower, TowerBuffers, TowerSpec, cu_seqlens_buffer
 from vitgraph.models.fields import read_fields
@@ -116,17 +117,16 @@ class KimiVLTower(Tower):
     def encode(self, buffers: TowerBuffers) -> Tensor:
         """Everything before the projector: `[P, D]`."""
         meta, segments = buffers.metadata, buffers.segments["cu_seqlens"]
-        x = self.patch_embed(buffers.pixel_values)
-        x = x + self.positions(meta).to(x.dtype)
+        x = self.add_positions(self.patch_embed(buffers.pixel_values), meta)
         angles = alternating_angles(meta["position_ids"].flip(1), self.frequencies)
         rotary = angles.cos(), angles.sin()
         for block in self.blocks:
             x = block(x, rotary, segments)
         return self.final_layernorm(x)
 
-    def positions(self, meta: Mapping[str, Tensor]) -> Tensor:
-        """What is added to the embedded patches: `[P, D]` fp32."""
-        return gather_table(self.pos_emb.weight, meta["interp_indices"], meta["interp_weights"])
+    def add_positions(self, x: Tensor, meta: Mapping[str, Tensor]) -> Tensor:
+        """Embedded patches `[P, D]` with their positions."""
+        return add_table(x, self.pos_emb.weight, meta["interp_indices"], meta["interp_weights"])
 
     def compile_regions(self) -> Iterable[nn.Module]:
         return self.blocks

@@ -21,10 +21,11 @@ from vitgraph.core import Grid
 from vitgraph.layers.block import Attention, Block
 from vitgraph.layers.merger import PatchMerger
 from vitgraph.layers.mlp import Mlp
+from vitgraph.layers.ops import add_table
 from vitgraph.layers.order import frame_coordinates, repeat_frames, segment_ends
 from vitgraph.layers.overlap import SideBranches
 from vitgraph.layers.patch_embed import PatchEmbed
-from vitgraph.layers.pos_embed import gather_table, table_taps
+from vitgraph.layers.pos_embed import table_taps
 from vitgraph.layers.rotary import axial_angles, axis_frequencies
 from vitgraph.models.contract import BufferSpec, Tower, TowerBuffers, TowerSpec, cu_seqlens_buffer
 from vitgraph.models.fields import read_fields
@@ -122,8 +123,7 @@ class Qwen3VLTower(Tower):
     def forward(self, buffers: TowerBuffers) -> Tensor:
         meta, segments = buffers.metadata, buffers.segments["cu_seqlens"]
         x = self.patch_embed(buffers.pixel_values)
-        table = gather_table(self.pos_embed.weight, meta["interp_indices"], meta["interp_weights"])
-        x = x + table.to(x.dtype)
+        x = add_table(x, self.pos_embed.weight, meta["interp_indices"], meta["interp_weights"])
         angles = axial_angles(meta["position_ids"], self.frequencies)
         rotary = angles.cos(), angles.sin()
         branches = SideBranches(x.device, x.shape[0])
