@@ -42,13 +42,13 @@ class Fa3Attention:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
         import fa3_fwd_interface
 
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        zero_tails(segments.cu_seqlens, v, out)
+        zero_tails(segments.cu_seqlens, v)
         ends, longest = segments.cu_seqlens, segments.max_seqlen
-        fa3_fwd_interface._flash_attn_forward(
-            q, k, v, out_=out, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=longest, max_seqlen_k=longest,
+        out, *_ = fa3_fwd_interface._flash_attn_forward(
+            q, k, v, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=longest, max_seqlen_k=longest,
             softmax_scale=scale,
         )  # fmt: skip
+        zero_tails(segments.cu_seqlens, out)
         return out
 
 
