@@ -145,8 +145,11 @@ class Ladder:
     def _warm_ups(self, order: Sequence[int]) -> set[int]:
         """Budgets that run once before capture: the largest, the smallest, and the first with each tile size.
 
-        A warm-up compiles kernels and makes workspaces; the other budgets use the same ones.
+        A warm-up compiles kernels and makes workspaces; the other budgets use the same ones. Code of torch.compile may
+        choose kernels by size, so there every budget runs once.
         """
+        if self._config.compile:
+            return set(order)
         blocks = {tuple(s.block for s in self._layouts[index].schedules): index for index in sorted(order)}
         return {order[0], order[-1], *blocks.values()}
 
