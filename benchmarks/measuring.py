@@ -17,7 +17,8 @@ from vitgraph import EncoderConfig, VisionEncoder
 from vitgraph.attention.trial import elapsed
 from vitgraph.bench.geometries import geometry
 from vitgraph.bench.report import environment
-from vitgraph.core import Grid
+from vitgraph.core import Grid, Pack
+from vitgraph.engine.graph import CapturedGraph
 from vitgraph.layers.block import Attention
 from vitgraph.planning.cost import load_of
 
@@ -67,13 +68,20 @@ def tower_flops(encoder: VisionEncoder, grids: Sequence[Grid]) -> tuple[float, f
     return linear, attention
 
 
+def graph_of(encoder: VisionEncoder, pack: Pack) -> CapturedGraph:
+    """The graph that a pack replays."""
+    engine = encoder.engine
+    assert pack.budget is not None
+    return engine.captured(pack.budget, engine.ladder.runs_alone(pack.budget, encoder.spec.is_alone(pack.counts)))
+
+
 def replay_time(encoder: VisionEncoder, grids: Sequence[Grid]) -> float:
     """Milliseconds of the graphs that these items need, alone, summed over their packs."""
     total = 0.0
     for pack in encoder.engine.planner.plan(list(grids), eager=False):
         assert pack.budget is not None
         encoder.engine.stage(pack.budget, pack.grids)
-        total += device_time(encoder.engine.captured(pack.budget).replay)
+        total += device_time(graph_of(encoder, pack).replay)
     return total
 
 

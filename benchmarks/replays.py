@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Callable
 
-from measuring import arguments, device_time, make_encoder, matmul_ceiling, tower_flops, write_report
+from measuring import arguments, device_time, graph_of, make_encoder, matmul_ceiling, tower_flops, write_report
 from torch.profiler import ProfilerActivity, profile
 
 from vitgraph import VisionEncoder
@@ -40,9 +41,8 @@ def kernel_class(name: str) -> str:
     return next((kind for kind, pattern in CLASSES.items() if re.search(pattern, name, re.IGNORECASE)), "other")
 
 
-def kernel_times(encoder: VisionEncoder, budget: int, runs: int = 5) -> dict[str, float]:
+def kernel_times(replay: Callable[[], object], runs: int = 5) -> dict[str, float]:
     """Microseconds of one replay by class of kernel."""
-    replay = encoder.engine.captured(budget).replay
     replay()
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
         for _ in range(runs):
@@ -58,7 +58,8 @@ def measure(encoder: VisionEncoder, grids: list[Grid], ceiling: float, profiled:
     (pack,) = encoder.engine.planner.plan(grids, eager=False)
     assert pack.budget is not None
     encoder.engine.stage(pack.budget, grids)
-    time_ms = device_time(encoder.engine.captured(pack.budget).replay)
+    graph = graph_of(encoder, pack)
+    time_ms = device_time(graph.replay)
     linear, attention = tower_flops(encoder, grids)
     result: dict[str, object] = {
         "patches": pack.counts["patch"],
@@ -68,7 +69,7 @@ def measure(encoder: VisionEncoder, grids: list[Grid], ceiling: float, profiled:
         "mfu": (linear + attention) / time_ms / 1e9 / ceiling,
     }
     if profiled:
-        result["kernels_us"] = kernel_times(encoder, pack.budget)
+        result["kernels_us"] = kernel_times(graph.replay)
     return result
 
 
@@ -78,7 +79,7 @@ def main() -> None:
     ceiling = matmul_ceiling()
     print(f"matmul ceiling {ceiling:.0f} TFLOP/s")
     rows = []
-    with make_encoder(chosen.geometry, budgets=budgets, measure=False) as encoder:
+    with make_encoder(chosen.geometry, budgets=budgets, max_items=8, measure=False) as encoder:
         encoder.capture(progress=False)
         layers = sum(isinstance(module, Attention) for module in encoder.tower.modules())
         for patches in ONE:

@@ -36,7 +36,8 @@ def measured_us(encoder: VisionEncoder, packs) -> float:
     total = 0.0
     for pack in packs:
         encoder.engine.stage(pack.budget, [piece.grid for piece in pack.pieces])
-        replay = encoder.engine.captured(pack.budget).replay
+        alone = encoder.engine.ladder.runs_alone(pack.budget, encoder.spec.is_alone(pack.counts))
+        replay = encoder.engine.captured(pack.budget, alone).replay
         times = []
         for _ in range(5):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
