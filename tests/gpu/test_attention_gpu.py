@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from attention_cases import CASES, check, make_qkv, make_segments
-from vitgraph.attention.kernel_configs import CANDIDATES, KernelConfig
+from vitgraph.attention.kernel_configs import CANDIDATES, SHORT_HEAD, SMALL, KernelConfig
 from vitgraph.attention.select import FLASH, select_attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -35,7 +35,7 @@ def test_the_kernel_without_tensor_descriptors_equals_the_one_with_them(head_dim
     rows, lengths = CASES["ragged"]
     segments = make_segments(rows, lengths, 64, "cuda")
     q, k, v = torch.randn(rows, 3, 4, head_dim, device="cuda", dtype=torch.bfloat16).unbind(1)
-    plain, described = (launch(q, k, v, segments.tiles, 64, head_dim**-0.5, tma=tma) for tma in (False, True))
+    plain, described = (launch(q, k, v, segments.tiles, SMALL, head_dim**-0.5, tma) for tma in (False, True))
     assert ((plain - described).float().norm() / plain.float().norm()).item() < 5e-3
 
 
@@ -43,6 +43,8 @@ def test_the_kernel_without_tensor_descriptors_equals_the_one_with_them(head_dim
 @pytest.mark.parametrize("tma", [True, False], ids=["descriptors", "pointers"])
 @pytest.mark.parametrize("head_dim", [64, 72, 128])
 def test_every_candidate_configuration_equals_fp32(head_dim: int, tma: bool, config: KernelConfig) -> None:
+    from triton.runtime.errors import OutOfResources
+
     from vitgraph.attention.triton_varlen import has_tma, launch
 
     if tma and not has_tma(torch.device("cuda")):
@@ -50,6 +52,9 @@ def test_every_candidate_configuration_equals_fp32(head_dim: int, tma: bool, con
     rows, lengths = CASES["ragged"]
     segments = make_segments(rows, lengths, config.block, "cuda")
     qkv = make_qkv(rows, sum(lengths), 4, head_dim, torch.bfloat16, "cuda")
-    settings = {"warps": config.warps, "stages": config.stages}
-    out = launch(*qkv.unbind(1), segments.tiles, config.block, head_dim**-0.5, tma, **settings)
+    try:
+        out = launch(*qkv.unbind(1), segments.tiles, config, head_dim**-0.5, tma)
+    except OutOfResources as error:
+        assert head_dim > SHORT_HEAD, "the shipped configurations must fit"
+        pytest.skip(str(error))
     check(out, qkv, segments, sum(lengths), 5e-3)

@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from attention_cases import check, interpreted_loops, make_qkv, make_segments
-from vitgraph.attention.kernel_configs import CANDIDATES, CLASSES, LARGE, SMALL, KernelConfig, KernelConfigs
+from vitgraph.attention.kernel_configs import (
+    CANDIDATES,
+    CLASSES,
+    LARGE,
+    SMALL,
+    WIDE,
+    WIDE_TWO,
+    KernelConfig,
+    KernelConfigs,
+)
 from vitgraph.attention.trial import nearest_class, segments_of, usual_lengths
 
 CPU = torch.device("cpu")
@@ -49,12 +58,15 @@ def test_shipped_configurations_are_not_measured() -> None:
     kernel = Kernel({})
     configs = tuned(kernel, "NVIDIA H100 80GB HBM3")
     assert not kernel.calls
-    assert [configs.choose(rows, rows) for rows in (256, 1024, 16384)] == [SMALL, LARGE, LARGE]
+    assert [configs.choose(rows, rows) for rows in (256, 784, 1024, 16384)] == [WIDE, SMALL, WIDE_TWO, LARGE]
     assert configs.choose(4096, 64) == SMALL, "no segment is as long as a large tile"
+    long_heads = KernelConfigs()
+    long_heads.tune(kernel.run, 2, 128, CPU, torch.float32, "NVIDIA H100 80GB HBM3", kernel.time)
+    assert [long_heads.choose(rows, rows).keys for rows in (256, 1024, 16384)] == [64, 64, 64]
 
 
 def test_other_gpus_are_measured_once(tmp_path: Path) -> None:
-    wide = KernelConfig(128, 8, 2)
+    wide = KernelConfig(128, 128, 8)
     kernel = Kernel({4096: wide, 8192: LARGE})
     configs = tuned(kernel)
     assert len(kernel.calls) == len(CLASSES) * len(CANDIDATES)
@@ -67,7 +79,7 @@ def test_other_gpus_are_measured_once(tmp_path: Path) -> None:
 
 
 def test_configurations_that_do_not_fit_the_gpu_are_left_out() -> None:
-    kernel = Kernel(dict.fromkeys(CLASSES, LARGE), refused=(LARGE, KernelConfig(128, 8, 3)))
+    kernel = Kernel(dict.fromkeys(CLASSES, LARGE), refused=(LARGE, KernelConfig(128, warps=8)))
     assert tuned(kernel).choose(4096, 4096) != LARGE
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from attention_cases import CASES, check, interpreted_loops, make_qkv, make_segments
+from vitgraph.attention.kernel_configs import LARGE, SMALL, WIDE, KernelConfig
 from vitgraph.attention.sdpa import SdpaAttention
 from vitgraph.layers.block import Attention, Block
 from vitgraph.layers.mlp import GatedMlp, Mlp
@@ -38,24 +39,24 @@ SMALL_CASES = {
 @pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
 @pytest.mark.parametrize("head_dim", [64, 72, 80, 88, 96, 112, 128])
 def test_attention_equals_fp32_for_every_head_dim(head_dim: int, tma: bool) -> None:
-    run_attention("ragged", head_dim, tma, block=64)
+    run_attention("ragged", head_dim, tma, SMALL)
 
 
 @interpreted_loops
-@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("config", [SMALL, LARGE, WIDE], ids=lambda config: config.name)
 @pytest.mark.parametrize("case", SMALL_CASES)
-def test_attention_equals_fp32_for_every_packing(case: str, block: int) -> None:
+def test_attention_equals_fp32_for_every_packing(case: str, config: KernelConfig) -> None:
     for tma in (False, True):
-        run_attention(case, 72, tma, block)
+        run_attention(case, 72, tma, config)
 
 
-def run_attention(case: str, head_dim: int, tma: bool, block: int) -> None:
+def run_attention(case: str, head_dim: int, tma: bool, config: KernelConfig) -> None:
     from vitgraph.attention.triton_varlen import launch
 
     rows, lengths = SMALL_CASES[case]
-    segments = make_segments(rows, lengths, block)
+    segments = make_segments(rows, lengths, config.block)
     qkv = make_qkv(rows, sum(lengths), 2, head_dim, torch.float16)
-    out = launch(*qkv.unbind(1), segments.tiles, block, head_dim**-0.5, tma)
+    out = launch(*qkv.unbind(1), segments.tiles, config, head_dim**-0.5, tma)
     check(out, qkv, segments, sum(lengths), 5e-3)
 
 
@@ -66,10 +67,10 @@ def test_attention_ignores_nan_in_the_next_segment() -> None:
     rows, lengths = SMALL_CASES["ragged"]
     segments = make_segments(rows, lengths, 64)
     qkv = make_qkv(rows, sum(lengths), 2, 72, torch.float16)
-    want = launch(*qkv.unbind(1), segments.tiles, 64, 72**-0.5, True)
+    want = launch(*qkv.unbind(1), segments.tiles, SMALL, 72**-0.5, True)
     qkv[65:195] = float("nan")
     for tma in (False, True):
-        got = launch(*qkv.unbind(1), segments.tiles, 64, 72**-0.5, tma)
+        got = launch(*qkv.unbind(1), segments.tiles, SMALL, 72**-0.5, tma)
         assert got[65:195].isnan().all()
         torch.testing.assert_close(got[:65], want[:65], rtol=2e-3, atol=2e-3)
         torch.testing.assert_close(got[195:197], want[195:197], rtol=2e-3, atol=2e-3)

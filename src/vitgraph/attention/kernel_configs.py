@@ -18,7 +18,7 @@ logger = logging.getLogger("vitgraph")
 CLASSES = (256, 512, 1024, 2048, 4096, 8192, 16384)
 """Rows of a buffer that are measured."""
 
-LARGE_ROWS = 1024
+SHORT_HEAD = 80
 SHIPPED_FOR = ("H100", "H200", "GH200")
 """GPUs, by a part of their names, that run the shipped configurations: measured on an H100; the others are its like."""
 
@@ -29,21 +29,41 @@ class KernelConfig:
 
     Attributes:
         block: query rows of a tile.
+        keys: rows of keys and values of one step.
         warps: of a program.
         stages: of the software pipeline over keys; one would break the kernel, see `triton_varlen`.
     """
 
     block: int
+    keys: int = 64
     warps: int = 4
     stages: int = 3
 
     @property
     def name(self) -> str:
-        return f"{self.block} rows, {self.warps} warps, {self.stages} stages"
+        return f"{self.block} rows, {self.keys} keys, {self.warps} warps, {self.stages} stages"
 
 
 SMALL, LARGE = KernelConfig(64), KernelConfig(128)
-CANDIDATES = (SMALL, LARGE, KernelConfig(64, 4, 2), KernelConfig(128, 8, 3), KernelConfig(128, 8, 2))
+WIDE, WIDE_TWO = KernelConfig(64, 128), KernelConfig(64, 128, stages=2)
+CANDIDATES = (
+    SMALL,
+    LARGE,
+    WIDE,
+    WIDE_TWO,
+    KernelConfig(64, stages=2),
+    KernelConfig(128, 128, 8),
+    KernelConfig(128, warps=8),
+)
+
+Table = tuple[tuple[int | None, KernelConfig], ...]
+"""Most rows of a buffer -> its configuration, ascending; None has no bound."""
+
+SHIPPED: Table = ((320, WIDE), (900, SMALL), (1400, WIDE_TWO), (None, LARGE))
+"""For head dims up to 80, where the steps of 128 keys were measured."""
+
+SHIPPED_LONG_HEADS: Table = ((1023, SMALL), (None, LARGE))
+"""For longer heads, whose wide steps need more shared memory."""
 
 Run = Callable[[Tensor, Tensor, Tensor, Segments, float, KernelConfig], object]
 """Runs the kernel on q, k, v, segments and scale with a configuration."""
@@ -54,13 +74,14 @@ class KernelConfigs:
 
     def __init__(self) -> None:
         self._tuned: dict[int, KernelConfig] = {}
+        self._shipped = SHIPPED_LONG_HEADS
 
     def choose(self, rows: int, longest: int) -> KernelConfig:
         """The configuration for a buffer of `rows` rows whose segments are at most `longest` rows long."""
         if self._tuned:
             found = self._tuned[nearest_class(rows, list(self._tuned))]
         else:
-            found = LARGE if rows >= LARGE_ROWS else SMALL
+            found = next(config for most, config in self._shipped if most is None or rows <= most)
         # Tiles longer than any segment would be cut short everywhere.
         return found if longest >= found.block else SMALL
 
@@ -76,7 +97,10 @@ class KernelConfigs:
             gpu: name of the device.
             time: microseconds of a call.
         """
-        if self._tuned or any(part in gpu for part in SHIPPED_FOR):
+        if any(part in gpu for part in SHIPPED_FOR):
+            self._shipped = SHIPPED if head_dim <= SHORT_HEAD else SHIPPED_LONG_HEADS
+            return
+        if self._tuned:
             return
         key = choice_key(gpu, ["our kernel"], heads, head_dim, dtype)
         times = measure_once(key, CLASSES, lambda rows: _measure(run, rows, heads, head_dim, device, dtype, time))

@@ -8,6 +8,7 @@ Shapes: T rows, H heads, Dh head dim.
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from functools import cache
 from typing import Any
 
@@ -21,7 +22,6 @@ from vitgraph.attention.kernel_configs import KernelConfig, KernelConfigs
 from vitgraph.attention.trial import device_time
 
 LOG2_E = 1.4426950408889634
-KEY_BLOCK = 64
 
 
 @triton.jit
@@ -185,17 +185,23 @@ def has_tma(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
-def launch(
-    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, block: int, scale: float, tma: bool, warps: int = 4, stages: int = 3
-) -> Tensor:
-    """Runs the kernel: `q`, `k`, `v [T, H, Dh]` with contiguous heads, `tiles [tiles, 4]`; see `VarlenAttention`."""
+def launch(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, config: KernelConfig, scale: float, tma: bool) -> Tensor:
+    """Runs the kernel.
+
+    Args:
+        q, k, v: `[T, H, Dh]` with contiguous heads.
+        tiles: `[tiles, 4]`, a schedule of tiles of `config.block` rows.
+        config: launch settings.
+        scale: of the scores.
+        tma: load keys and values through tensor descriptors, where their strides allow it.
+    """
     rows, heads, head_dim = q.shape
     assert head_dim % 8 == 0, "a head must start on 16 bytes"
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     wide, rest = split_head_dim(head_dim)
     k_desc = v_desc = tiles
     if tma and all(x.stride(1) == head_dim for x in (k, v)):
-        k_desc, v_desc = (_descriptor(x, rows, heads * head_dim, wide) for x in (k, v))
+        k_desc, v_desc = (_descriptor(x, rows, heads * head_dim, config.keys, wide) for x in (k, v))
     else:
         tma = False
     _varlen_kernel[(tiles.shape[0], heads)](
@@ -217,30 +223,28 @@ def launch(
         HEAD_DIM=head_dim,
         WIDE=wide,
         REST=rest,
-        BLOCK_M=block,
-        BLOCK_N=KEY_BLOCK,
+        BLOCK_M=config.block,
+        BLOCK_N=config.keys,
         TMA=tma,
-        num_warps=warps,
-        num_stages=stages if wide + rest <= 128 else 2,
+        num_warps=config.warps,
+        num_stages=config.stages if wide + rest <= 128 else 2,
     )
     return out
 
 
-def _descriptor(x: Tensor, rows: int, columns: int, wide: int) -> Any:
+def _descriptor(x: Tensor, rows: int, columns: int, keys: int, wide: int) -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return TensorDescriptor(x, [rows, columns], [x.stride(0), 1], [KEY_BLOCK, wide])
+    return TensorDescriptor(x, [rows, columns], [x.stride(0), 1], [keys, wide])
 
 
 @torch.library.custom_op("vitgraph::varlen_attention", mutates_args=())
-def _varlen_op(
-    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, block: int, scale: float, warps: int, stages: int
-) -> Tensor:
-    return launch(q, k, v, tiles, block, scale, has_tma(q.device), warps, stages)
+def _varlen_op(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, config: list[int], scale: float) -> Tensor:
+    return launch(q, k, v, tiles, KernelConfig(*config), scale, has_tma(q.device))
 
 
 @_varlen_op.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, block: int, scale: float, warps: int, stages: int) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, config: list[int], scale: float) -> Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
@@ -269,7 +273,6 @@ class TritonVarlenAttention:
 
 def _run(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, config: KernelConfig) -> Tensor:
     assert segments.tiles is not None, "the Triton backend needs a tile schedule"
-    settings = config.warps, config.stages
     if torch.compiler.is_compiling():
-        return _varlen_op(q, k, v, segments.tiles, segments.block, scale, *settings)
-    return launch(q, k, v, segments.tiles, segments.block, scale, has_tma(q.device), *settings)
+        return _varlen_op(q, k, v, segments.tiles, list(astuple(config)), scale)
+    return launch(q, k, v, segments.tiles, config, scale, has_tma(q.device))
