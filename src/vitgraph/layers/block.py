@@ -97,11 +97,11 @@ class Block(nn.Module):
         """The same function. The second norm adds the attention's output to the residual in fp32, with the bias of
         the last GEMM, and that GEMM adds its product: two roundings of the residual, as in the plain form."""
         y = self.attn(fused_norm(x, self.norm1), rotary, segments)
-        down = self.mlp.down
+        weight, bias = self.mlp.down
         if self.scale2 is not None:
             # The factors lie between product and residual, so that GEMM cannot add them up.
             y, x = add_norm(x, y, self.norm2, None, self.scale1)
-            return torch.addcmul(x, self.scale2, down(self.mlp.up(y)))
-        y, x = add_norm(x, y, self.norm2, down.bias, self.scale1)
+            return torch.addcmul(x, self.scale2, self.mlp(y))
+        y, x = add_norm(x, y, self.norm2, bias, self.scale1)
         # In place: torch.addmm would copy the residual first.
-        return x.addmm_(self.mlp.up(y), down.weight.t())
+        return x.addmm_(self.mlp.up(y), weight.t())

@@ -8,12 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from vitgraph.errors import CheckpointError
+from vitgraph.layers.mlp import BlockMlp
 from vitgraph.models.checkpoint import Checkpoint
 from vitgraph.models.layout import Layout, best_layout
 
 
 def materialise(tower: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Gives a tower that was built on the meta device uninitialised parameters; constants move and keep their dtype."""
+    """Gives a tower that was built on the meta device uninitialised parameters; constants move and keep their dtype.
+
+    On CUDA, MLPs are padded to widths that suit the tensor cores; see `BlockMlp.pad_hidden`.
+    """
     for module in tower.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None:
@@ -22,6 +26,10 @@ def materialise(tower: nn.Module, device: torch.device, dtype: torch.dtype) -> N
         for name, buffer in list(module._buffers.items()):
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
+    # After the loop: children come after their parents there.
+    for module in tower.modules():
+        if device.type == "cuda" and isinstance(module, BlockMlp):
+            module.pad_hidden()
 
 
 def load_weights(tower: nn.Module, checkpoint: Checkpoint, layouts: Iterable[Layout]) -> Layout:
