@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+import vitgraph
 from vision_modules import GRID_CASES, TILE_CASES, Case, tensors_of
 from vitgraph.config import EncoderConfig
 from vitgraph.core import Grid
+from vitgraph.errors import UnsupportedModuleError
 from vitgraph.integrations.transformers.generic import GenericBackend, generic_backend
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -17,6 +21,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 CONFIG = EncoderConfig(budgets=(20, 70, 400), max_items=16, max_frames=32, lazy=True, measure=False)
 PICTURE_CONFIG = EncoderConfig(max_tokens=64, lazy=True, measure=False)
 CASES = [*GRID_CASES, *TILE_CASES]
+CLIP, PIXIO = (next(case for case in TILE_CASES if case.folder == name) for name in ("clip", "pixio"))
 ERROR = 3e-2
 
 
@@ -115,4 +120,58 @@ def test_grids_on_the_device_are_read_back_as_the_module_does() -> None:
     host = run(backend, arguments)
     device = run(backend, {k: v.to("cuda") for k, v in arguments.items()})
     assert all(torch.equal(host[name], device[name]) for name in host)
+    backend.release()
+
+
+@pytest.mark.parametrize(
+    "breaking", [lambda x: x.sum().item(), lambda x: torch.tensor([1.0, 2.0]).to(x.device)], ids=["reads", "copies"]
+)
+def test_a_capture_that_fails_is_counted_and_leaves_the_process_as_it_was(
+    breaking: Callable[[torch.Tensor], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What breaks runs in a capture alone, where nothing could have found it before."""
+    module = CLIP.build().to("cuda", torch.bfloat16)
+    embeddings = next(m for m in module.modules() if type(m).__name__ == "CLIPVisionEmbeddings")
+    forward = type(embeddings).forward
+
+    def broken(self: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        made = forward(self, *args, **kwargs)
+        if torch.cuda.is_current_stream_capturing():
+            breaking(made)
+        return made
+
+    monkeypatch.setattr(type(embeddings), "forward", broken)
+    arguments = on_device(CLIP, module)
+    with torch.no_grad():
+        own = tensors_of(module(**arguments))
+        vitgraph.accelerate(module, PICTURE_CONFIG)
+        for _ in range(3):
+            found = tensors_of(module(**arguments))
+            assert all(torch.equal(found[name], tensor) for name, tensor in own.items())
+    (report,) = vitgraph.acceleration(module).modules.values()
+    ((reason, times),) = report.fallbacks.items()
+    assert (report.calls, times) == (0, 3) and "its capture fails in broken" in reason, reason
+    with pytest.raises(UnsupportedModuleError, match="its capture fails in broken"):
+        vitgraph.acceleration(module).capture(progress=False)
+    monkeypatch.undo()
+    torch.rand(8, device="cuda").sum().item()  # a capture that never ended would hold the generator
+    other, backend = build(CLIP)
+    run(backend, on_device(CLIP, other))
+    assert backend.stats.graph_replays == 1
+    backend.release()
+
+
+def test_a_graph_holds_the_attention_of_the_modules_own_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformers makes masks that say nothing when it notices a capture; they cost the fastest kernels."""
+    module, backend = build(PIXIO)
+    masks = []
+    attention = nn.functional.scaled_dot_product_attention
+
+    def watched(*args: Any, **kwargs: Any) -> torch.Tensor:
+        masks.append(kwargs.get("attn_mask"))
+        return attention(*args, **kwargs)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", watched)
+    run(backend, on_device(PIXIO, module))
+    assert backend.stats.captured_graphs == 1 and masks and not any(mask is not None for mask in masks)
     backend.release()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers")
 
+import vitgraph
 from vision_modules import GRID_CASES, TILE_CASES, Case, randomize, tensors_of
 from vitgraph.attention.base import Segments
 from vitgraph.attention.sdpa import SdpaAttention
@@ -31,10 +32,12 @@ from vitgraph.integrations.transformers.host_reads import HostRead, UnreadGrid, 
 from vitgraph.integrations.transformers.leaves import OutputForm, find_leaves
 from vitgraph.integrations.transformers.probe_tiles import tile_settings
 from vitgraph.integrations.transformers.recorder import record
-from vitgraph.integrations.transformers.shadow import shadow
+from vitgraph.integrations.transformers.shadow import copied_bytes, shadow
+from vitgraph.integrations.transformers.surroundings import made_on, unnoticed_capture
 
 CONFIG = EncoderConfig(max_tokens=64, lazy=True)
 CLIP = next(case for case in TILE_CASES if case.folder == "clip")
+PIXIO = next(case for case in TILE_CASES if case.folder == "pixio")
 IDEFICS = next(case for case in TILE_CASES if case.folder == "idefics3")
 PADDLE = next(case for case in GRID_CASES if case.folder == "paddleocr_vl")
 KIMI = next(case for case in GRID_CASES if case.folder == "kimi_k25")
@@ -212,6 +215,10 @@ X = torch.arange(6.0).reshape(2, 3)
         (lambda: torch.unique(X), "shape from values"),
         (lambda: torch.repeat_interleave(X[0], X[0].long()), "shape from values"),
         (lambda: torch.tensor([1, 2], device=X.device), "copies a value from the host"),
+        (lambda: torch.tensor([1, 2]).to(X.device), "copies between host and device"),
+        (lambda: (torch.tensor([1, 2])[None] * 2).type_as(X), "copies between host and device"),
+        (lambda: X[:, torch.tensor([1, 2])], "copies between host and device"),
+        (lambda: X.clone().copy_(torch.tensor([1, 2, 3])), "copies between host and device"),
     ],
 )  # fmt: skip
 def test_what_a_capture_would_refuse_is_refused_without_a_gpu(read: Callable[[], object], message: str) -> None:
@@ -227,6 +234,8 @@ def test_what_a_capture_can_hold_is_not_refused() -> None:
         made = torch.where(X > 1, X, 0)[:, index] + torch.arange(3, device=X.device)
         made = made.masked_fill(made > 2, 0.0).to(torch.float64)
         torch.repeat_interleave(X, 2, dim=0)
+        X * torch.tensor(0.5) + torch.as_tensor(X).to(X.device)
+        torch.tensor([1, 2]).to(torch.float64)[torch.tensor([0])]
         with our_own_code():
             assert X.sum().item() == 15.0
     assert made.shape == X.shape
@@ -378,3 +387,104 @@ def test_a_pack_of_every_item_has_the_metadata_of_the_modules_functions() -> Non
     tower = backend.engines[-1].tower
     assert tower.spec.counts(Grid(2, 4, 6))["segment"] == 2
     assert tower.metadata(Grid(2, 4, 6))["cu_seqlens"].tolist() == [24, 48]
+
+
+# -- what a capture finds around it ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def capturing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch says that a CUDA graph is captured."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+
+
+def test_a_captured_forward_is_the_one_that_runs_outside_of_captures(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """Transformers takes other ways when it notices a capture: Pixio resamples its table of positions."""
+    resampled = []
+    resample = nn.functional.interpolate
+    monkeypatch.setattr(nn.functional, "interpolate", lambda *a, **k: resampled.append(1) or resample(*a, **k))
+    module, backend = captured(PIXIO)
+    arguments = PIXIO.arguments(module)
+    expected = tensors_of(backend.run(arguments))
+    request.getfixturevalue("capturing")
+    found = tensors_of(backend.run(arguments))
+    assert not resampled and all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    with torch.no_grad():
+        module(**arguments)
+    assert resampled, "Transformers takes no other way: this test shows nothing"
+
+
+def test_other_threads_notice_their_captures(capturing: None) -> None:
+    from transformers.utils import import_utils
+
+    seen = []
+    asked = import_utils.is_cuda_stream_capturing
+    with unnoticed_capture():
+        assert not import_utils.is_cuda_stream_capturing()
+        other = threading.Thread(target=lambda: seen.append(import_utils.is_cuda_stream_capturing()))
+        other.start()
+        other.join()
+    assert seen == [True] and import_utils.is_cuda_stream_capturing is asked
+
+
+def test_tensors_without_a_value_of_the_host_are_made_on_the_device() -> None:
+    meta = torch.device("meta")
+    with made_on(meta):
+        assert torch.arange(3).device == torch.zeros(2).device == meta
+        assert torch.arange(3, device="cpu").device == torch.tensor([1]).device == torch.device("cpu")
+        with our_own_code():
+            assert torch.zeros(2).device == torch.device("cpu")
+    assert torch.arange(3).device == torch.device("cpu")
+
+
+def test_a_shadow_has_copies_of_what_stayed_on_the_host_beside_the_weights() -> None:
+    module = nn.Linear(2, 3, device="meta")
+    module.table = torch.ones(4, 5)
+    twin = shadow(module)
+    assert twin.table.device == torch.device("meta") and module.table.device == torch.device("cpu")
+    assert copied_bytes(module, twin) == 80
+
+
+def test_a_capture_that_fails_runs_the_modules_own_forward_and_is_counted(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = CLIP.build()
+    arguments = CLIP.arguments(module)
+    with torch.no_grad():
+        own = tensors_of(module(**arguments))
+        vitgraph.accelerate(module, CONFIG)
+        backend = module.forward.backend
+        (engine,) = backend.engines
+
+        def broken(*_: object) -> None:
+            backend._tower(engine).captures_begun += 1
+            try:
+                raise RuntimeError("operation not permitted")
+            finally:
+                raise RuntimeError("a capture that was broken off")
+
+        monkeypatch.setattr(engine, "run", broken)
+        for _ in range(2):
+            found = tensors_of(module(**arguments))
+            assert all(torch.equal(found[name], tensor) for name, tensor in own.items())
+    (report,) = vitgraph.acceleration(module).modules.values()
+    ((reason, times),) = report.fallbacks.items()
+    assert reason.startswith("its capture fails in broken") and "operation not permitted" in reason
+    assert (report.calls, times) == (0, 2) and caplog.text.count(reason) == 1
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), RuntimeError("of a replay")], ids=str)
+def test_an_error_that_is_no_failed_capture_is_the_callers(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, backend = captured(CLIP)
+    (engine,) = backend.engines
+    backend._tower(engine).captures_begun += isinstance(error, torch.OutOfMemoryError)
+
+    def failing(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(engine, "run", failing)
+    with pytest.raises(type(error), match=str(error)):
+        backend.run(CLIP.arguments(module))

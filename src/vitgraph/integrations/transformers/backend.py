@@ -14,11 +14,13 @@ class Backend(Protocol):
 
     Attributes:
         kind: "native" (vitgraph's own tower on the module's weights) or "generic" (the module itself, captured).
-        copied_bytes: device memory of weights that had to be copied; weights that are shared count nothing.
     """
 
     kind: str
-    copied_bytes: int
+
+    @property
+    def copied_bytes(self) -> int:
+        """Device memory of weights that had to be copied; weights that are shared count nothing."""
 
     @property
     def stats(self) -> Stats:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from threading import RLock
 from typing import Any
@@ -20,10 +21,11 @@ from vitgraph.engine.stats import Stats
 from vitgraph.errors import ConfigError, PatchError, UnsupportedModuleError
 from vitgraph.integrations.transformers.backend import Backend
 from vitgraph.integrations.transformers.call_forms import GRID, CallForm, CallReader, first_parameter
+from vitgraph.integrations.transformers.host_reads import where
 from vitgraph.integrations.transformers.module_tower import ModuleTower
 from vitgraph.integrations.transformers.probe_grids import grid_tower
 from vitgraph.integrations.transformers.probe_tiles import tile_settings, tile_tower
-from vitgraph.integrations.transformers.verify import Place
+from vitgraph.integrations.transformers.verify import Place, first_line
 from vitgraph.integrations.transformers.watch import WeightWatch
 from vitgraph.integrations.transformers.weights import place_of
 
@@ -80,7 +82,6 @@ class GenericBackend:
 
     kind = "generic"
     records = ("output_hidden_states",)
-    copied_bytes = 0
 
     def __init__(self, module: nn.Module, config: EncoderConfig) -> None:
         self._module, self._config = module, config
@@ -94,6 +95,12 @@ class GenericBackend:
         engine = self._make(None)
         self._batched = self._tower(engine).call.form.batched
         self._add(engine)
+
+    @property
+    def copied_bytes(self) -> int:
+        """Device memory of tensors that the module keeps on the host; weights are shared."""
+        with self._lock:
+            return sum(self._tower(engine).copied_bytes(self._module) for engine in self._engines.values())
 
     @property
     def stats(self) -> Stats:
@@ -134,15 +141,18 @@ class GenericBackend:
                 raise PatchError("another thread's calls took the place of this form")
             self._engines.move_to_end(form)
             rows, grids = self._reader.split(arguments, form, engine.spec)
-            return self._tower(engine).build(engine.run(rows, grids))
+            with self._giving_up(form, engine):
+                outputs = engine.run(rows, grids)
+            return self._tower(engine).build(outputs)
 
     def capture(self, progress: Progress | None = None) -> None:
         with self._lock, torch.inference_mode(False):
             self._follow()
             if not self._engines and not self._released:
                 self._add(self._make(None))
-            for engine in self._engines.values():
-                engine.capture(progress)
+            for form, engine in list(self._engines.items()):
+                with self._giving_up(form, engine):
+                    engine.capture(progress)
 
     def release(self) -> None:
         with self._lock:
@@ -186,6 +196,22 @@ class GenericBackend:
             logger.warning("graphs of %s are given up: more than %d forms of call", form, MOST_FORMS)
             oldest.release()
 
+    @contextmanager
+    def _giving_up(self, form: CallForm, engine: Engine) -> Iterator[None]:
+        """Turns a capture that fails into a refusal of the form; memory that runs out stays what it is."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if self._tower(engine).captures_begun <= engine.stats.captured_graphs:
+                raise
+            first = _first(error)
+            self._refused[form] = f"its capture fails {where(first)}: {first_line(first)}"
+            del self._engines[form]
+            engine.release()
+            raise UnsupportedModuleError(self._refused[form]) from error
+
     def _follow(self) -> None:
         """Starts anew when weights moved: graphs hold their addresses."""
         if self._watch.moved():
@@ -202,6 +228,13 @@ class GenericBackend:
     def _tower(engine: Engine) -> ModuleTower:
         assert isinstance(engine.tower, ModuleTower)
         return engine.tower
+
+
+def _first(error: BaseException) -> BaseException:
+    """The error that came before all others: a capture that was broken off fails once more when it ends."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
 
 
 def _parameters(module: nn.Module) -> list[str]:

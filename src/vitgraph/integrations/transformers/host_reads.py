@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 SHAPE_FROM_VALUES = {
     "aten::nonzero",
@@ -27,6 +29,8 @@ READS = {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero"}
 MASK_INDEXED = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
 HOST_CALLS = {"tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__array__"}
 MADE_ON_HOST = {"tensor", "as_tensor", "from_numpy"}
+MOVES = {"to", "type_as", "cuda"}
+COPIES = {"__getitem__", "__setitem__", "copy_"}
 LIBRARIES = ("/torch/", "/vitgraph/", "/numpy/")
 
 
@@ -69,6 +73,11 @@ def our_own_code() -> Iterator[None]:
         _ours.reset(token)
 
 
+def is_our_own_code() -> bool:
+    """Whether `our_own_code` is active."""
+    return _ours.get()
+
+
 @contextmanager
 def refuse_host_reads() -> Iterator[None]:
     """Within it, whatever a capture would refuse raises `HostRead` with the line that does it."""
@@ -76,7 +85,7 @@ def refuse_host_reads() -> Iterator[None]:
         yield
 
 
-def where(error: Exception | None = None) -> str:
+def where(error: BaseException | None = None) -> str:
     """The innermost line that is neither torch's nor ours, of an error or else of the running stack, as
     "in function (file:line): text"."""
     frames = traceback.extract_tb(error.__traceback__) if error else traceback.extract_stack()
@@ -88,7 +97,15 @@ def where(error: Exception | None = None) -> str:
 
 
 class _FunctionCheck(TorchFunctionMode):
-    """Sees calls that never reach an operator on the CPU, and values that the host would copy to the device."""
+    """Sees calls that never reach an operator on the CPU, and values that the host would copy to the device.
+
+    Tensors that were made from values of the host are remembered, so that their copies are found where the host is
+    the device, too.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._host = WeakIdKeyDictionary()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -99,7 +116,35 @@ class _FunctionCheck(TorchFunctionMode):
             raise HostRead(f"it reads a value back from the device ({name}) {where()}")
         if name in MADE_ON_HOST and kwargs.get("device") is not None and not isinstance(args[0], Tensor):
             raise HostRead(f"it copies a value from the host ({name}) {where()}")
-        return func(*args, **kwargs)
+        if self._is_copied(name, args, kwargs):
+            raise HostRead(f"it copies between host and device ({name.strip('_')}) {where()}")
+        result = func(*args, **kwargs)
+        made = name in MADE_ON_HOST and not isinstance(args[0], Tensor)
+        if isinstance(result, Tensor) and (made or self._all_on_host(args, kwargs)):
+            self._host[result] = True
+        return result
+
+    def _is_copied(self, name: str, args: Any, kwargs: Any) -> bool:
+        """Whether a tensor on the host meets the device in a way that torch answers with a copy."""
+        if name not in MOVES | COPIES:
+            return False
+        own, *others = _tensors(args, kwargs)
+        if name in MOVES:
+            named = any(isinstance(x, (torch.device, str)) for x in (*args[1:], *kwargs.values()))
+            return self._is_on_host(own) and (named or not all(map(self._is_on_host, others)))
+        # One without an axis is a number to torch.
+        return not self._is_on_host(own) and any(self._is_on_host(other) and other.dim() for other in others)
+
+    def _all_on_host(self, args: Any, kwargs: Any) -> bool:
+        tensors = _tensors(args, kwargs)
+        return bool(tensors) and all(map(self._is_on_host, tensors))
+
+    def _is_on_host(self, tensor: Tensor) -> bool:
+        return tensor in self._host
+
+
+def _tensors(args: Any, kwargs: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
 
 
 def _is_host_constant(args: Any) -> bool:
@@ -135,6 +180,8 @@ def _crosses(name: str, args: Any, kwargs: Any) -> bool:
     source = args[0]
     if name == "aten::_to_copy" and kwargs.get("device") is not None:
         return torch.device(kwargs["device"]).type != source.device.type
+    if name in MASK_INDEXED:
+        return any(index is not None and index.device.type != source.device.type for index in args[1])
     return name == "aten::copy_" and args[1].device.type != source.device.type
 
 

@@ -19,6 +19,8 @@ from vitgraph.integrations.transformers.host_reads import UnreadGrid
 from vitgraph.integrations.transformers.leaves import Leaf, OutputForm
 from vitgraph.integrations.transformers.metadata_rules import ModuleSpec, item_arrays
 from vitgraph.integrations.transformers.recorder import RecordedCall
+from vitgraph.integrations.transformers.shadow import copied_bytes
+from vitgraph.integrations.transformers.surroundings import is_capturing, made_on, unnoticed_capture
 from vitgraph.models.contract import Tower, TowerBuffers, TowerSpec
 
 KEPT_LENGTHS = 65536
@@ -31,6 +33,9 @@ class ModuleTower(Tower):
         twin: shadow of the module.
         call: how it is called.
         form, leaves: of its output.
+
+    Attributes:
+        captures_begun: how often the forward ran in a capture, those that failed among them.
     """
 
     def __init__(self, twin: nn.Module, call: CallForm, form: OutputForm, leaves: Sequence[Leaf]) -> None:
@@ -38,10 +43,17 @@ class ModuleTower(Tower):
         # In a tuple, so that nn.Module does not take it for a submodule.
         self._twin = (twin,)
         self.call, self.form, self.leaves = call, form, tuple(leaves)
+        self.captures_begun = 0
 
     def _outputs(self, arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:
-        tensors = self.form.flatten(self._twin[0](**arguments))
+        self.captures_begun += is_capturing()
+        with made_on(arguments[self.call.pixels].device), unnoticed_capture():
+            tensors = self.form.flatten(self._twin[0](**arguments))
         return tuple(leaf.pack(tensor) for leaf, tensor in zip(self.leaves, tensors, strict=True))
+
+    def copied_bytes(self, module: nn.Module) -> int:
+        """Device memory of what the shadow of this module had to copy there."""
+        return copied_bytes(module, self._twin[0])
 
     def build(self, outputs: Sequence[Sequence[Tensor]]) -> Any:
         """The module's output from the engine's outputs of all items, in order."""

@@ -52,7 +52,7 @@ def attempt(module: nn.Module, arguments: Mapping[str, Any]) -> Any:
     except UnsupportedModuleError:
         raise
     except Exception as error:
-        raise UnsupportedModuleError(f"{EXAMPLE_FAILS}: {_first_line(error)}") from error
+        raise UnsupportedModuleError(f"{EXAMPLE_FAILS}: {first_line(error)}") from error
 
 
 def verify(
@@ -119,9 +119,10 @@ class _Checked(ModuleTower):
         except HostRead as error:
             raise UnsupportedModuleError(str(error)) from error
         except Exception as error:
-            raise UnsupportedModuleError(f"its forward fails {where(error)}: {_first_line(error)}") from error
+            raise UnsupportedModuleError(f"its forward fails {where(error)}: {first_line(error)}") from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
+    """Class and first line of an error."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
