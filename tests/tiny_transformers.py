@@ -30,6 +30,7 @@ TEXT = {
 }
 HEAD = {**TEXT, "head_dim": 16, "rope_parameters": {**ROPE, "mrope_section": [4, 2, 2]}}
 QWEN2 = {**TEXT, "rope_parameters": {**ROPE, "mrope_section": [2, 2, 2]}}
+WHOLE_ROPE = {**HEAD["rope_parameters"], "partial_rotary_factor": 1.0}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 LINEAR = {
     "linear_key_head_dim": 8,
@@ -162,7 +163,9 @@ MODELS = {
         "qwen3_omni_moe", "Qwen3OmniMoeThinker", "qwen3_omni", {**HEAD, **EXPERTS}, video="whole", extra=AUDIO_EXTRA
     ),
     "glm4v": TinyModel("glm4v", "Glm4v", "glm4v", QWEN2, video="alone"),
-    "glm4v_moe": TinyModel("glm4v_moe", "Glm4vMoe", "glm4v", {**HEAD, **GLM_EXPERTS}, video="alone"),
+    "glm4v_moe": TinyModel(
+        "glm4v_moe", "Glm4vMoe", "glm4v", {**HEAD, **GLM_EXPERTS, "rope_parameters": WHOLE_ROPE}, video="alone"
+    ),
     "glm_ocr": TinyModel("glm_ocr", "GlmOcr", "glm_ocr", HEAD, video="alone"),
     "kimi_k25": TinyModel(
         "kimi_k25", "Kimi_K25", "kimi_k25", DEEPSEEK, KIMI_VISION, "", {"projection_hidden_size": 64}
