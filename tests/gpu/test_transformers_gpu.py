@@ -70,10 +70,36 @@ def test_features_are_as_near_to_fp32_as_the_modules_own(name: str, dtype: torch
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_bf16_generation_follows_the_same_logits(name: str) -> None:
-    """Greedy tokens are equal up to the first position at which the two best logits lie within rounding."""
-    model = make(name)
-    inputs = [on_gpu(one, torch.bfloat16) for one in prompts(name)]
+def test_bf16_logits_are_as_near_to_fp32_as_the_models_own(name: str) -> None:
+    """Of whole prompts, all positions together: what bf16 does to one logit of a tiny random model is up to chance."""
+    model, wide = make(name), make(name, torch.float32)
+    wide.load_state_dict(model.state_dict())
+    given = prompts(name)
+    want = logits_of(wide, [on_gpu(one, torch.float32) for one in given])
+    inputs = [on_gpu(one, torch.bfloat16) for one in given]
+    own = error(logits_of(model, inputs), want)
+    vitgraph.accelerate(model, CONFIG, backend="native")
+    found = [error(logits_of(model, inputs), want) for _ in range(3)]
+    report = report_of(model)
+    assert report.stats.graph_replays > 0 and not report.fallbacks
+    assert max(found) < 1.5 * own + 1e-3, (found, own)
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, inputs: list[dict[str, Tensor]]) -> Tensor:
+    """Logits of every position of every prompt."""
+    return torch.cat([model(**one).logits[0].float() for one in inputs])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bf16_generation_follows_the_same_tokens(name: str) -> None:
+    """Greedy tokens are equal up to the first position at which the best logits lie within rounding."""
+    model, wide = make(name), make(name, torch.float32)
+    wide.load_state_dict(model.state_dict())
+    given = prompts(name)
+    inputs = [on_gpu(one, torch.bfloat16) for one in given]
+    exact = logits_of(wide, [on_gpu(one, torch.float32) for one in given])
+    rounding = (logits_of(model, inputs) - exact).abs().max()
     settings = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     want = [model.generate(**one, **settings) for one in inputs]
     vitgraph.accelerate(model, CONFIG, backend="native")
@@ -82,11 +108,11 @@ def test_bf16_generation_follows_the_same_logits(name: str) -> None:
             got = model.generate(**one, **settings)
             start = one["input_ids"].shape[1]
             for step, logits in enumerate(reference.logits):
-                assert error(got.logits[step].float(), logits.float()) < 0.1
                 a, b = (out.sequences[0, start + step].item() for out in (got, reference))
                 if a != b:
-                    gap = logits[0].float().max() - logits[0, a].float()
-                    assert gap < 0.1 * logits.float().std(), "another token although the logits are clear"
+                    # Two logits of two runs, each off by as much as the model itself is.
+                    gap = logits[0, b].float() - logits[0, a].float()
+                    assert gap < 4 * rounding, f"token {a} for {b}: {gap:.3f} apart, rounding {rounding:.3f}"
                     break
     report = report_of(model)
     assert report.stats.graph_replays > 0 and not report.fallbacks
