@@ -12,12 +12,14 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
 from measuring import arguments, device_time, graph_of, make_encoder, matmul_ceiling, tower_flops, write_report
 from torch.profiler import ProfilerActivity, profile
 
 from vitgraph import VisionEncoder
 from vitgraph.core import Grid
+from vitgraph.engine.graph import CapturedGraph
 from vitgraph.layers.block import Attention
 
 ONE = {256: (16, 16), 1024: (32, 32), 2304: (48, 48), 4096: (64, 64), 8192: (64, 128), 16384: (128, 128)}
@@ -53,24 +55,25 @@ def kernel_times(replay: Callable[[], object], runs: int = 5) -> dict[str, float
     return dict(times)
 
 
-def measure(encoder: VisionEncoder, grids: list[Grid], ceiling: float, profiled: bool) -> dict[str, object]:
-    """One cell of the table."""
+def staged(encoder: VisionEncoder, grids: list[Grid]) -> CapturedGraph:
+    """The graph of items that fill one budget, ready to replay."""
     (pack,) = encoder.engine.planner.plan(grids, eager=False)
     assert pack.budget is not None
     encoder.engine.stage(pack.budget, grids)
-    graph = graph_of(encoder, pack)
-    time_ms = device_time(graph.replay)
-    linear, attention = tower_flops(encoder, grids)
-    result: dict[str, object] = {
-        "patches": pack.counts["patch"],
+    return graph_of(encoder, pack)
+
+
+def measure(encoder: VisionEncoder, grids: list[Grid], ceiling: float) -> dict[str, Any]:
+    """One cell of the table."""
+    time_ms = device_time(staged(encoder, grids).replay)
+    flops = sum(tower_flops(encoder, grids))
+    return {
+        "patches": sum(grid.patches for grid in grids),
         "images": len(grids),
         "ms": time_ms,
-        "tflop": (linear + attention) / 1e12,
-        "mfu": (linear + attention) / time_ms / 1e9 / ceiling,
+        "tflop": flops / 1e12,
+        "mfu": flops / time_ms / 1e9 / ceiling,
     }
-    if profiled:
-        result["kernels_us"] = kernel_times(graph.replay)
-    return result
 
 
 def main() -> None:
@@ -78,17 +81,19 @@ def main() -> None:
     budgets = tuple(patches // 4 for patches in ONE)
     ceiling = matmul_ceiling()
     print(f"matmul ceiling {ceiling:.0f} TFLOP/s")
-    rows = []
+    fillings = [grids for n in ONE for grids in ([Grid(1, *ONE[n])], [Grid(1, *EIGHT[n])] * 8)]
     with make_encoder(chosen.geometry, budgets=budgets, max_items=8, measure=False) as encoder:
         encoder.capture(progress=False)
         layers = sum(isinstance(module, Attention) for module in encoder.tower.modules())
-        for patches in ONE:
-            for grids in ([Grid(1, *ONE[patches])], [Grid(1, *EIGHT[patches])] * 8):
-                cell = measure(encoder, grids, ceiling, chosen.profile)
-                rows.append(cell)
-                kernels = cell.get("kernels_us") or {}
-                detail = "  ".join(f"{kind} {us / layers:.1f}" for kind, us in kernels.items())  # type: ignore[attr-defined]
-                print(f"{patches:6} / {len(grids)}  {cell['ms']:8.2f} ms  MFU {cell['mfu']:.2f}  {detail}", flush=True)
+        rows = [measure(encoder, grids, ceiling) for grids in fillings]
+        if chosen.profile:
+            # Afterwards: once a profiler was attached, launches take longer.
+            for row, grids in zip(rows, fillings, strict=True):
+                times = kernel_times(staged(encoder, grids).replay)
+                row["kernels_us_per_layer"] = {kind: us / layers for kind, us in times.items()}
+    for row in rows:
+        detail = "  ".join(f"{kind} {us:.1f}" for kind, us in row.get("kernels_us_per_layer", {}).items())
+        print(f"{row['patches']:6} / {row['images']}  {row['ms']:8.3f} ms  MFU {row['mfu']:.2f}  {detail}")
     write_report(chosen.json, rows, geometry=chosen.geometry, matmul_tflops=ceiling, layers=layers)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from math import isqrt
+from statistics import median
 from typing import Protocol
 
 import numpy as np
@@ -15,10 +15,13 @@ from vitgraph.models.contract import TowerSpec
 from vitgraph.planning.budgets import Budget
 from vitgraph.planning.cost import CostModel, load_of
 
-SECONDS = 1.2
+SECONDS = 0.8
 """Time for replays; eager runs and the attention's slope take a little more."""
+RUNS_EACH, LEAST_SHARE = 2, 0.1
+"""Replays of a budget while it is timed, and the least time of one as a share of the largest budget's."""
+
 USUAL_TOKENS = 100
-SLOPE_POINTS = 5
+SLOPE_POINTS = 8
 EAGER_POINTS = 5
 EAGER_RUNS = 2
 
@@ -39,11 +42,12 @@ def measure_costs(
     captured: Sequence[int],
     timer: Timer,
     seconds: float = SECONDS,
-    clock: Callable[[], float] = time.perf_counter,
 ) -> CostModel:
     """Times captured budgets, the attention's part of some of them, and the eager forward at a few sizes.
 
-    Budgets are timed in an order that halves the gaps, until `seconds` are over; the others are interpolated.
+    As many budgets are timed as take `seconds`, evenly spread; the others are interpolated. They come in ascending
+    order: a GPU lowers its clock under load, so that small budgets are timed as they run when requests are few, and
+    large ones as they run under load.
 
     Args:
         spec: of the tower.
@@ -51,14 +55,11 @@ def measure_costs(
         captured: indexes of budgets that have a graph, ascending; at least one.
         timer: runs and times.
         seconds: for the replays.
-        clock: seconds now.
     """
-    deadline = clock() + seconds
     times: dict[int, float] = {}
     loads: dict[int, float] = {}
-    for index in halving(captured):
-        if len(times) >= 2 and clock() > deadline:
-            break
+    longest = timer.replay(captured[-1], usual_items(spec, budgets[captured[-1]]))
+    for index in _worth_timing(captured, [budget.tokens for budget in budgets], longest / 1e6, seconds):
         grids = usual_items(spec, budgets[index])
         times[index], loads[index] = timer.replay(index, grids), _load(spec, grids)
     slopes, alone = _slopes(spec, budgets, times, loads, timer)
@@ -79,6 +80,23 @@ def measure_costs(
         eager_time=tuple(eager_time),
         measured=tuple(index in times for index in range(len(budgets))),
     )
+
+
+def _worth_timing(captured: Sequence[int], tokens: Sequence[int], longest: float, seconds: float) -> list[int]:
+    """Budgets to time, ascending: the last and the first, and halves of the gaps as long as there is time.
+
+    Args:
+        captured: indexes of budgets.
+        tokens: of every budget.
+        longest, seconds: time of the last one, and of all.
+    """
+    chosen: list[int] = []
+    for index in halving(captured):
+        seconds -= RUNS_EACH * longest * max(tokens[index] / tokens[captured[-1]], LEAST_SHARE)
+        if seconds < 0 and len(chosen) >= 2:
+            break
+        chosen.append(index)
+    return sorted(chosen)
 
 
 def halving(indexes: Sequence[int]) -> Iterator[int]:
@@ -156,7 +174,15 @@ def _slopes(
             else:
                 alone[index] = slopes[index]
     differs = any(timer.alone(index) for index in alone)
-    return slopes or {next(iter(times)): 0.0}, alone if differs else {}
+    return _smooth(slopes) or {next(iter(times)): 0.0}, _smooth(alone) if differs else {}
+
+
+def _smooth(points: dict[int, float]) -> dict[int, float]:
+    """Each inner point replaced by the median of itself and its neighbours: how tiles fill the GPU at one size says
+    little about the sizes beside it."""
+    ordered = sorted(points)
+    near = zip(ordered, ordered[1:], ordered[2:], strict=False)
+    return points | {middle: median(points[i] for i in (low, middle, high)) for low, middle, high in near}
 
 
 def _eager_curve(

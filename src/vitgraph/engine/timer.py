@@ -35,7 +35,6 @@ class EngineTimer:
 
     def __init__(self, engine: Timed) -> None:
         self._engine = engine
-        self._warm: set[tuple[int, bool]] = set()
 
     def alone(self, budget: int) -> bool:
         """Whether the budget has a graph for packs of one segment."""
@@ -45,10 +44,6 @@ class EngineTimer:
         """Microseconds of one replay on the device: a long one runs once, of short ones a few in a row."""
         self._engine.stage(budget, grids)
         graph = self._engine.captured(budget, alone)
-        if (budget, alone) not in self._warm:
-            # The first launch of a graph also uploads it.
-            self._warm.add((budget, alone))
-            graph.replay()
         once = elapsed(graph.replay)
         if once > ENOUGH_US:
             return once
