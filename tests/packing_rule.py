@@ -17,7 +17,7 @@ class Rule:
     def counts(self, grid: Grid) -> dict[str, int]:
         return {"patch": grid.patches, "token": grid.patches // 4, "item": 1, "segment": grid.t}
 
-    def is_alone(self, counts: dict[str, int]) -> bool:
+    def is_long(self, counts: dict[str, int]) -> bool:
         return counts["segment"] == 1
 
     def capacity(self, tokens: int, max_items: int, max_frames: int) -> dict[str, int]:

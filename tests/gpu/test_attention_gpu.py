@@ -26,6 +26,23 @@ def test_backend_equals_fp32(backend: str, case: str, head_dim: int) -> None:
     check(out, qkv, segments, sum(lengths), 5e-3)
 
 
+@pytest.mark.parametrize("backend", ["triton", *FLASH])
+def test_nan_stays_in_its_segment(backend: str) -> None:
+    if backend in FLASH and (missing := FLASH[backend].missing(torch.device("cuda"), torch.bfloat16)):
+        pytest.skip(missing)
+    rows, lengths = CASES["ragged"]
+    attention = select_attention(backend, torch.device("cuda"), torch.bfloat16)
+    segments = make_segments(rows, lengths, attention.block(rows, rows), "cuda")
+    qkv = make_qkv(rows, sum(lengths), 4, 72, torch.bfloat16, "cuda")
+    want = attention(*qkv.clone().unbind(1), segments, 72**-0.5)
+    start, end = sum(lengths[:2]), sum(lengths[:3])
+    qkv[start:end] = float("nan")
+    got = attention(*qkv.unbind(1), segments, 72**-0.5)
+    assert got[start:end].isnan().all()
+    got[start:end] = want[start:end]
+    torch.testing.assert_close(got, want)
+
+
 @pytest.mark.parametrize("head_dim", [64, 72, 80, 128])
 def test_the_kernel_without_tensor_descriptors_equals_the_one_with_them(head_dim: int) -> None:
     from vitgraph.attention.triton_varlen import has_tma, launch

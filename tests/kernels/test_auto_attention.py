@@ -163,3 +163,20 @@ def test_tails_are_zeroed_in_place(filled: int) -> None:
     zero_tail(qkv[:, 2], torch.tensor([0, filled // 2, filled], dtype=torch.int32))
     assert (qkv[filled:, 2] == 0).all()
     assert qkv[:filled].isnan().all() and qkv[:, :2].isnan().all()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel is compiled there")
+@pytest.mark.parametrize("filled", [0, 5, 33, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_values_are_made_finite_before_the_tail_and_zero_in_it(filled: int, dtype: torch.dtype) -> None:
+    pytest.importorskip("triton")
+    from vitgraph.attention.tail_triton import guard
+
+    qkv = torch.randn(40, 3, 5, 24).to(dtype)
+    qkv[3], qkv[4, :, 0], qkv[35] = float("nan"), float("inf"), float("-inf")
+    before, largest = qkv.clone(), torch.finfo(dtype).max
+    guard(qkv[:, 2], torch.tensor([0, filled // 2, filled], dtype=torch.int32))
+    assert torch.equal(qkv[:, :2].isnan(), before[:, :2].isnan()), "only the values are guarded"
+    want = torch.nan_to_num(before[:filled, 2].float(), nan=largest, posinf=largest, neginf=-largest).to(dtype)
+    assert torch.equal(qkv[:filled, 2], want)
+    assert (qkv[filled:, 2] == 0).all()

@@ -1,4 +1,4 @@
-"""Choice by measurement: our kernel for any pack, another backend for a pack of one segment where that is faster."""
+"""Choice by measurement: our kernel for any pack, another backend for packs of long segments where that is faster."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vitgraph.attention.trial import Time, device_time, nearest_class, segments_
 
 logger = logging.getLogger("vitgraph")
 
-CLASSES = (512, 1024, 2048, 4096, 8192, 16384)
+CLASSES = (512, 1024, 1536, 2048, 2304, 3072, 4096, 6144, 8192, 16384)
 """Rows of one segment that are measured."""
 
 MARGIN = 0.98
@@ -30,14 +30,14 @@ class OptionalBackend(VarlenAttention, Protocol):
 
 
 class AutoAttention:
-    """Our kernel, and others for packs of one segment.
+    """Our kernel, and others for packs of one segment, or of long ones: `Segments.alone`.
 
     The first call outside a capture measures, once per GPU, versions, heads, head dim and dtype; the result is kept on
     disk. Segment lengths that were not measured take the choice of the nearest one.
 
     Args:
         own: runs any pack.
-        others: candidates for packs of one segment.
+        others: candidates for such packs.
         device, dtype: of the tower.
         time: microseconds of a call; for tests.
     """
@@ -65,7 +65,7 @@ class AutoAttention:
         tune(self.own, heads, head_dim, device, dtype)
 
     def alone(self, rows: int) -> bool:
-        """Whether a pack of one segment in a buffer of this many rows has a backend of its own."""
+        """Whether packs of one or of long segments in a buffer of this many rows have a backend of their own."""
         return self._choice(rows) is not self.own
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
@@ -80,7 +80,7 @@ class AutoAttention:
     def describe(self) -> str:
         """What was chosen, in a line."""
         chosen = ", ".join(f"{rows} rows {backend.name}" for rows, backend in self._chosen.items())
-        return f"{self.own.name}; one segment: {chosen or 'not measured yet'}"
+        return f"{self.own.name}; one or long segments: {chosen or 'not measured yet'}"
 
     def _choice(self, rows: int) -> VarlenAttention:
         if not self._chosen:

@@ -21,7 +21,7 @@ class Segments:
             graph must not depend on them.
         tiles: `[tiles, 4]` int32 tile schedule on the device, for backends that ask for one.
         block: query rows of one tile of that schedule.
-        alone: whether there is never more than one segment.
+        alone: whether there is never more than one segment, or only long ones.
     """
 
     cu_seqlens: Tensor
@@ -57,7 +57,7 @@ def tune(attention: VarlenAttention, heads: int, head_dim: int, device: torch.de
 
 
 def has_own_graph(attention: VarlenAttention, rows: int) -> bool:
-    """Whether packs of one segment in a buffer of `rows` rows run another kernel than packs of several."""
+    """Whether packs of one or of long segments in a buffer of `rows` rows run another kernel than the others."""
     alone = getattr(attention, "alone", None)
     return alone is not None and alone(rows)
 

@@ -1,9 +1,8 @@
 """FlashAttention-3 and -4 from their own wheels, where they are installed.
 
 Their kernels leave rows past the last segment unwritten, and load whole tiles of keys and values: what lies behind a
-segment is multiplied by zero, and 0 x NaN reaches the segment's rows. So the rows past the last segment are zeroed, in
-V before the kernel and in the result. A NaN in one segment may still reach its neighbour; our own kernel has no such
-case, and `attention="auto"` uses these backends for packs of one segment only.
+segment is multiplied by zero, and 0 x NaN would reach the segment's rows. So V is guarded before the kernel, and the
+result's rows past the last segment are zeroed after it.
 """
 
 from __future__ import annotations
@@ -42,13 +41,15 @@ class Fa3Attention:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
         import fa3_fwd_interface
 
-        zero_tails(segments.cu_seqlens, v)
+        from vitgraph.attention.tail_triton import guard, zero_tail
+
+        guard(v, segments.cu_seqlens)
         ends, longest = segments.cu_seqlens, segments.max_seqlen
         out, *_ = fa3_fwd_interface._flash_attn_forward(
             q, k, v, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=longest, max_seqlen_k=longest,
             softmax_scale=scale,
         )  # fmt: skip
-        zero_tails(segments.cu_seqlens, out)
+        zero_tail(out, segments.cu_seqlens)
         return out
 
 
@@ -74,28 +75,17 @@ class Fa4Attention:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
         from flash_attn.cute import flash_attn_varlen_func
 
-        zero_tails(segments.cu_seqlens, v)
+        from vitgraph.attention.tail_triton import guard, zero_tail
+
+        guard(v, segments.cu_seqlens)
         ends, longest = segments.cu_seqlens, segments.max_seqlen
         out = flash_attn_varlen_func(
             q, k, v, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=longest, max_seqlen_k=longest,
             softmax_scale=scale,
         )  # fmt: skip
         out = out[0] if isinstance(out, tuple) else out
-        zero_tails(segments.cu_seqlens, out)
+        zero_tail(out, segments.cu_seqlens)
         return out
-
-
-def zero_tails(cu_seqlens: Tensor, *tensors: Tensor) -> None:
-    """Zeroes the rows past the last segment, in place.
-
-    Args:
-        cu_seqlens: `[S + 1]` int32.
-        tensors: `[T, H, Dh]`, heads and columns contiguous; rows may be strided.
-    """
-    from vitgraph.attention.tail_triton import zero_tail
-
-    for tensor in tensors:
-        zero_tail(tensor, cu_seqlens)
 
 
 @cache

@@ -24,7 +24,8 @@ def select_attention(name: str, device: torch.device, dtype: torch.dtype) -> Var
     """The backend that `name` stands for here.
 
     "auto" is our Triton kernel on CUDA in bf16 or fp16 (torch's flash kernel where Triton is not installed), else the
-    reference. Where FlashAttention-3 or -4 is installed too, it is measured against ours for packs of one segment.
+    reference. Where FlashAttention-3 or -4 is installed too, it is measured against ours for packs of one or of long
+    segments.
 
     Raises:
         ConfigError: when the named backend cannot run on this device and dtype.

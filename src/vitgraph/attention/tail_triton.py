@@ -1,7 +1,8 @@
-"""Zeroes the rows past the last segment in one launch whose time hardly depends on the buffer's size."""
+"""What kernels need that look past a segment: zeros behind the last one, and values that times 0 are 0."""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,6 +24,43 @@ def _tail_kernel(x_ptr, ends_ptr, last, rows, stride, WIDTH: tl.constexpr, ROWS:
             mask = row_mask[:, None] & (column < WIDTH)[None, :]
             zeros = tl.zeros([ROWS, COLUMNS], x_ptr.dtype.element_ty)
             tl.store(x_ptr + row[:, None] * stride + column[None, :], zeros, mask=mask)
+
+
+@triton.jit
+def _guard_kernel(
+    x_ptr, ends_ptr, last, rows, stride, LARGEST: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One program guards ROWS rows. It reads all, and writes what must change."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    filled = tl.load(ends_ptr + last)
+    tail = (row >= filled)[:, None]
+    row_mask = (row < rows)[:, None]
+    row = row.to(tl.int64)
+    for start in range(0, WIDTH, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        mask = row_mask & (column < WIDTH)[None, :]
+        at = x_ptr + row[:, None] * stride + column[None, :]
+        x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        bounded = tl.where(x != x, LARGEST, tl.minimum(tl.maximum(x, -LARGEST), LARGEST))
+        kept = tl.where(tail, 0.0, bounded)
+        tl.store(at, kept.to(x_ptr.dtype.element_ty), mask=mask & (kept != x))
+
+
+def guard(x: Tensor, cu_seqlens: Tensor) -> None:
+    """Zeroes `x[cu_seqlens[-1]:]` and makes everything before finite, in place: infinities and NaN become the largest
+    finite number. Times zero that is zero, and times a weight it is still far from any sensible value.
+
+    Args:
+        x: `[T, H, Dh]`; a row's values lie one after another.
+        cu_seqlens: `[S + 1]` int32 on the same device.
+    """
+    rows, heads, head_dim = x.shape
+    assert x.stride()[1:] == (head_dim, 1), "a row's heads must lie one after another"
+    _guard_kernel[(triton.cdiv(rows, ROWS),)](
+        x, cu_seqlens, cu_seqlens.shape[0] - 1, rows, x.stride(0), LARGEST=torch.finfo(x.dtype).max,
+        WIDTH=heads * head_dim, ROWS=ROWS, COLUMNS=COLUMNS,
+    )  # fmt: skip
 
 
 def zero_tail(x: Tensor, cu_seqlens: Tensor) -> None:

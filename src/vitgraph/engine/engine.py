@@ -247,7 +247,7 @@ class Engine:
         self.staging.fill_pack(buffers, pack, pixels, stream)
         # Asked before the question which form runs: a first capture may decide that.
         captured = use_graph and self._has_graph(pack, budget)
-        alone = self.ladder.runs_alone(budget, self.spec.is_alone(pack.counts))
+        alone = self.ladder.runs_alone(budget, self.spec.is_long(pack.counts))
         if captured:
             outputs = self.ladder.graph(budget, alone).replay()
             self._counters.stats.graph_replays += 1
@@ -275,7 +275,7 @@ class Engine:
         arena = Arena(self.spec, total, layout.nbytes, self.device, self.dtype)
         buffers = StaticBuffers.create(self.spec, total, layout, arena)
         self.staging.fill(buffers, grids, pixels)
-        inputs = buffers.inputs_of(self.spec.is_alone(total))
+        inputs = buffers.inputs_of(self.spec.is_long(total))
         return self._forward(self.staging.uncaptured(inputs, grids))
 
     def _forward(self, inputs: TowerBuffers) -> Outputs:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vitgraph.attention.base import Segments
 from vitgraph.core import Counts, Grid
 from vitgraph.errors import PatchError
+from vitgraph.planning.cost import LONG_ROWS
 
 Pad = Literal["zero", "one", "repeat_last", "identity_tail"]
 
@@ -123,9 +124,10 @@ class TowerSpec:
         """Everything that `Tower.forward` returns, in order."""
         return (OutputSpec("tokens", "token", self.width, self.levels), *self.extra_outputs)
 
-    def is_alone(self, counts: Counts) -> bool:
-        """Whether items with these counts are one segment in every segment set."""
-        return all(counts[buffer.rows] == 1 for _, buffer in self._segment_buffers)
+    def is_long(self, counts: Counts) -> bool:
+        """Whether items with these counts are one segment, or segments of LONG_ROWS rows on average, in every set."""
+        pairs = [(counts[buffer.offset or "patch"], counts[buffer.rows]) for _, buffer in self._segment_buffers]
+        return all(segments == 1 or rows >= LONG_ROWS * max(segments, 1) for rows, segments in pairs)
 
     @cached_property
     def _segment_buffers(self) -> tuple[tuple[SegmentSpec, BufferSpec], ...]:

@@ -14,6 +14,9 @@ from vitgraph.planning.budgets import Budget
 FLOOR_TOKENS = 192
 """A guess: launching a graph of any size costs as much as computing this many tokens."""
 
+LONG_ROWS = 3072
+"""Mean length from which a pack's segments are long: there the kernels of packs of one segment suit several as well."""
+
 
 @dataclass(frozen=True)
 class CostModel:
@@ -21,14 +24,14 @@ class CostModel:
 
     A replay costs what its budget costs without attention, and its attention: `fixed[budget] + slope[budget] * load`.
     The load of a pack is the sum of its squared segment lengths, in rows^2, over the segment sets that no window
-    bounds: full attention is quadratic in the segment, everything else linear in the rows. A pack of one segment may
-    have a faster kernel, and then a slope of its own.
+    bounds: full attention is quadratic in the segment, everything else linear in the rows. A pack of one segment, or of
+    long ones, may have a faster kernel, and then a slope of its own.
 
     Attributes:
         fixed: per budget, ascending as the budgets.
         slope: microseconds per rows^2 of load, per budget.
         rows: patch rows per budget.
-        alone_slope: as `slope`, for packs of one segment; empty when there is no difference.
+        alone_slope: as `slope`, for packs of one or of long segments; empty when there is no difference.
         eager_rows, eager_time: curve of the eager forward at no load, piecewise linear; empty: eager is never chosen.
         measured: per budget whether it was timed; the others lie on lines between their neighbours.
         unit: "us", or "token" for a guess that only ranks plans.
@@ -51,7 +54,7 @@ class CostModel:
         return cls(fixed, (0.0,) * len(fixed), rows, measured=(False,) * len(fixed), unit="token")
 
     def replay(self, budget: int, load: float, alone: bool = False) -> float:
-        """Time of a replay of the budget with this load; `alone`: of one segment."""
+        """Time of a replay of the budget with this load; `alone`: of one segment, or of long ones."""
         return self.fixed[budget] + self._slope(budget, alone) * load
 
     def _slope(self, budget: int, alone: bool) -> float:

@@ -30,7 +30,7 @@ class CountRule(Protocol):
 
     def counts(self, grid: Grid) -> Counts: ...
 
-    def is_alone(self, counts: Counts) -> bool: ...
+    def is_long(self, counts: Counts) -> bool: ...
 
 
 class _Sized(NamedTuple):
@@ -108,7 +108,7 @@ class Planner:
 
     def _predicted(self, pack: Pack) -> float:
         load = sum(self._sized(piece.grid).load for piece in pack.pieces)
-        alone = self._rule.is_alone(pack.counts)
+        alone = self._rule.is_long(pack.counts)
         if pack.budget is None:
             return self._cost.eager(pack.counts["patch"], load, alone)
         return self._cost.replay(pack.budget, load, alone)
@@ -159,7 +159,7 @@ class Planner:
         size, load = _sum([s.size for s in sized]), sum(s.load for s in sized)
         counts = dict(zip(self._kinds, size, strict=True))
         index = self._cost.cheapest(self._smallest(size), load)
-        alone = self._rule.is_alone(counts)
+        alone = self._rule.is_long(counts)
         replay = self._cost.replay(index, load, alone)
         if eager and self._cost.eager(counts["patch"], load, alone) < EAGER_MARGIN * replay:
             return Pack(tuple(pieces), counts, None, EAGER_IS_FASTER)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vitgraph.planning.cost import CostModel
+from vitgraph.planning.cost import LONG_ROWS, CostModel
 
 Size = tuple[int, ...]
 """Rows of each kind, in one fixed order of kinds."""
@@ -34,17 +34,19 @@ class Prices:
         # One entry more than there are budgets: what fits none costs infinity.
         self._fixed = np.append(np.asarray(cost.fixed, dtype=float), np.inf)
         self._slope = np.append(np.asarray(cost.slope, dtype=float), 0.0)
+        self._long_slope = np.append(np.asarray(cost.alone_slope or cost.slope, dtype=float), 0.0)
         cheapest = [cost.cheapest(index, 0.0) for index in range(len(cost.fixed))]
         self._cheapest = np.append(np.asarray(cheapest, dtype=int), len(cost.fixed))
         per_row = self._fixed[:-1] / np.maximum(np.asarray(cost.rows), 1) if cost.rows else np.zeros(0)
         self._least_per_row = float(per_row.min(initial=np.inf))
-        self._least_slope = float(np.asarray(cost.slope).min(initial=np.inf))
+        self._least_slope = float(np.minimum(self._slope, self._long_slope)[:-1].min(initial=np.inf))
 
     def of(self, sizes: np.ndarray, loads: np.ndarray) -> np.ndarray:
         """Times of packs of these sizes `[..., kinds]` and loads `[...]`."""
         found = [np.searchsorted(column, sizes[..., k]) for k, column in enumerate(self._columns)]
         index = self._cheapest[np.max(found, axis=0)]
-        return self._fixed[index] + self._slope[index] * loads
+        long = loads >= LONG_ROWS * sizes[..., self._rows]
+        return self._fixed[index] + np.where(long, self._long_slope[index], self._slope[index]) * loads
 
     def bound(self, sizes: np.ndarray, loads: np.ndarray) -> float:
         """No packing of these items can cost less."""
