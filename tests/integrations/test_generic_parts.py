@@ -197,6 +197,8 @@ def test_budgets_in_pictures_follow_the_tokens_of_a_picture() -> None:
 # -- what a graph cannot hold ----------------------------------------------------------------------------------
 
 X = torch.arange(6.0).reshape(2, 3)
+ELSEWHERE = torch.empty(2, 3, device="meta")
+INDEX = torch.tensor([0, 1])
 
 
 @pytest.mark.parametrize(
@@ -219,6 +221,8 @@ X = torch.arange(6.0).reshape(2, 3)
         (lambda: (torch.tensor([1, 2])[None] * 2).type_as(X), "copies between host and device"),
         (lambda: X[:, torch.tensor([1, 2])], "copies between host and device"),
         (lambda: X.clone().copy_(torch.tensor([1, 2, 3])), "copies between host and device"),
+        (lambda: X.clone().copy_(torch.tensor(1)), "copies between host and device"),
+        (lambda: ELSEWHERE[:, INDEX], "copies between host and device"),
     ],
 )  # fmt: skip
 def test_what_a_capture_would_refuse_is_refused_without_a_gpu(read: Callable[[], object], message: str) -> None:
@@ -235,6 +239,7 @@ def test_what_a_capture_can_hold_is_not_refused() -> None:
         made = made.masked_fill(made > 2, 0.0).to(torch.float64)
         torch.repeat_interleave(X, 2, dim=0)
         X * torch.tensor(0.5) + torch.as_tensor(X).to(X.device)
+        X.clone()[0] = torch.tensor(2.0)
         torch.tensor([1, 2]).to(torch.float64)[torch.tensor([0])]
         with our_own_code():
             assert X.sum().item() == 15.0
@@ -407,10 +412,11 @@ def test_a_captured_forward_is_the_one_that_runs_outside_of_captures(
     resample = nn.functional.interpolate
     monkeypatch.setattr(nn.functional, "interpolate", lambda *a, **k: resampled.append(1) or resample(*a, **k))
     module, backend = captured(PIXIO)
-    arguments = PIXIO.arguments(module)
+    arguments = PIXIO.arguments(module, pictures=3)
     expected = tensors_of(backend.run(arguments))
     request.getfixturevalue("capturing")
     found = tensors_of(backend.run(arguments))
+    assert backend.engines[0].tower.captures_begun == 1
     assert not resampled and all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     with torch.no_grad():
         module(**arguments)

@@ -132,8 +132,9 @@ class _FunctionCheck(TorchFunctionMode):
         if name in MOVES:
             named = any(isinstance(x, (torch.device, str)) for x in (*args[1:], *kwargs.values()))
             return self._is_on_host(own) and (named or not all(map(self._is_on_host, others)))
-        # One without an axis is a number to torch.
-        return not self._is_on_host(own) and any(self._is_on_host(other) and other.dim() for other in others)
+        # In an index or an assignment to one, a tensor without an axis is a number to torch.
+        given = [other for other in others if name == "copy_" or other.dim()]
+        return not self._is_on_host(own) and any(map(self._is_on_host, given))
 
     def _all_on_host(self, args: Any, kwargs: Any) -> bool:
         tensors = _tensors(args, kwargs)
