@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -230,6 +231,14 @@ def test_what_a_capture_would_refuse_is_refused_without_a_gpu(read: Callable[[],
         read()
     assert "test_generic_parts.py" in str(refused.value)
     read()
+
+
+def test_the_line_is_found_where_folders_are_named_as_libraries(tmp_path: Path) -> None:
+    space: dict = {}
+    file = tmp_path / "torch" / "vitgraph" / "own.py"
+    exec(compile("def fail(x):\n    return x.item()", str(file), "exec"), space)
+    with pytest.raises(HostRead, match=r"in fail \(own.py:2\)"), refuse_host_reads():
+        space["fail"](X)
 
 
 def test_what_a_capture_can_hold_is_not_refused() -> None:

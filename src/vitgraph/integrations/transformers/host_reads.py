@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
+
+import vitgraph
 
 SHAPE_FROM_VALUES = {
     "aten::nonzero",
@@ -31,7 +36,8 @@ HOST_CALLS = {"tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__float_
 MADE_ON_HOST = {"tensor", "as_tensor", "from_numpy"}
 MOVES = {"to", "type_as", "cuda"}
 COPIES = {"__getitem__", "__setitem__", "copy_"}
-LIBRARIES = ("/torch/", "/vitgraph/", "/numpy/")
+LIBRARIES = tuple(os.path.dirname(str(package.__file__)) + os.sep for package in (torch, vitgraph, numpy))
+"""Where they lie: folders around an environment may have the same names."""
 
 
 class HostRead(Exception):
@@ -90,9 +96,8 @@ def where(error: BaseException | None = None) -> str:
     "in function (file:line): text"."""
     frames = traceback.extract_tb(error.__traceback__) if error else traceback.extract_stack()
     for frame in reversed(frames):
-        path = frame.filename.replace("\\", "/")
-        if not any(part in path for part in LIBRARIES):
-            return f"in {frame.name} ({path.rsplit('/', 1)[-1]}:{frame.lineno}): {frame.line}"
+        if not frame.filename.startswith(LIBRARIES):
+            return f"in {frame.name} ({Path(frame.filename).name}:{frame.lineno}): {frame.line}"
     return "in code without source"
 
 
