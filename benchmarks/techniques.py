@@ -14,7 +14,8 @@ from torch import Tensor
 from vitgraph import VisionEncoder
 from vitgraph.attention import triton_varlen
 from vitgraph.engine.blocks import BlockCache
-from vitgraph.layers import block, mlp, overlap
+from vitgraph.layers import block, mlp, overlap, pos_embed_triton
+from vitgraph.layers.pos_embed import gather_table
 from vitgraph.layers.rotary import apply_rotary
 
 POWERS_OF_TWO = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -24,11 +25,17 @@ def _gelu_after_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.gelu(F.linear(x, weight, bias), approximate="tanh")
 
 
+def _add_table(x: Tensor, table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    return x + gather_table(table, index, weight).to(x.dtype)
+
+
 PATCHES: dict[str, tuple[ModuleType, str, Any]] = {
     "TMA loads": (triton_varlen, "has_tma", lambda _device: False),
     "fused norm and residual": (block, "fuses_residual", lambda _x, _norm: False),
     "rotary kernel": (block, "rotate_qk", apply_rotary),
     "GELU epilogue": (mlp, "linear_gelu_tanh", _gelu_after_linear),
+    "padded MLP": (mlp, "ALIGNED", 1),
+    "position table kernel": (pos_embed_triton, "add_table_in_place", _add_table),
     "side stream": (overlap, "MOST_ROWS", 0),
 }
 """Technique -> what stands in for it."""
@@ -36,14 +43,16 @@ PATCHES: dict[str, tuple[ModuleType, str, Any]] = {
 SETTINGS: dict[str, dict[str, Any]] = {
     "graph": {"graph": False},
     "Triton attention": {"attention": "varlen"},
+    "FlashAttention wheels": {"attention": "triton"},
     "fine ladder": {"budgets": POWERS_OF_TWO, "measure": False},
 }
 """Technique -> settings of an encoder without it."""
 
 KEPT_METADATA = "metadata on the device"
 ORDER = ("graph", "Triton attention", "TMA loads", "fused norm and residual", "rotary kernel", "GELU epilogue",
-         "side stream", "fine ladder", KEPT_METADATA)  # fmt: skip
-"""As a waterfall adds them."""
+         "padded MLP", "position table kernel", "side stream", "FlashAttention wheels", "fine ladder",
+         KEPT_METADATA)  # fmt: skip
+"""As a waterfall adds them. Without wheels the step that adds them changes nothing."""
 
 
 @contextmanager
@@ -57,7 +66,8 @@ def encoder_without(missing: Sequence[str], make: Callable[..., VisionEncoder]) 
     settings: dict[str, Any] = {}
     with ExitStack() as stack:
         for name in missing:
-            settings |= SETTINGS.get(name, {})
+            # What comes first in ORDER decides.
+            settings = SETTINGS.get(name, {}) | settings
             if name in PATCHES:
                 module, attribute, stand_in = PATCHES[name]
                 stack.enter_context(patch.object(module, attribute, stand_in))

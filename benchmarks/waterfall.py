@@ -17,6 +17,8 @@ from vitgraph import VisionEncoder
 from vitgraph.bench.workloads import parse_workload, random_patches
 
 WORKLOADS = ("1x14x14", "1x20x20", "1x42x42", "1x64x64", "8x20x20", "20x20x20")
+MOST_TOKENS = 2048
+"""Enough for every workload."""
 
 
 def row(encoder: VisionEncoder) -> dict[str, float]:
@@ -31,7 +33,7 @@ def row(encoder: VisionEncoder) -> dict[str, float]:
 
 def main() -> None:
     chosen = arguments(__doc__, geometry="qwen3-vl-8b")
-    make = partial(make_encoder, chosen.geometry)
+    make = partial(make_encoder, chosen.geometry, max_tokens=MOST_TOKENS)
     rows = []
     print(f"{'':26}" + "".join(f"{text:>10}" for text in WORKLOADS))
     for added in range(len(ORDER) + 1):

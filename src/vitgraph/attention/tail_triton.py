@@ -31,25 +31,29 @@ def _guard_kernel(
     x_ptr, ends_ptr, last, rows, stride, LARGEST: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One program guards ROWS rows. It reads all, and writes what must change."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    """One program guards ROWS rows: it reads them, and writes what must change. In a pack of one segment nothing has a
+    neighbour, so only its tail is looked at."""
+    first = tl.program_id(0) * ROWS
     filled = tl.load(ends_ptr + last)
-    tail = (row >= filled)[:, None]
-    row_mask = (row < rows)[:, None]
-    row = row.to(tl.int64)
-    for start in range(0, WIDTH, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
-        mask = row_mask & (column < WIDTH)[None, :]
-        at = x_ptr + row[:, None] * stride + column[None, :]
-        x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-        bounded = tl.where(x != x, LARGEST, tl.minimum(tl.maximum(x, -LARGEST), LARGEST))
-        kept = tl.where(tail, 0.0, bounded)
-        tl.store(at, kept.to(x_ptr.dtype.element_ty), mask=mask & (kept != x))
+    if (tl.load(ends_ptr + 1) < filled) | (first + ROWS > filled):
+        row = first + tl.arange(0, ROWS)
+        tail = (row >= filled)[:, None]
+        row_mask = (row < rows)[:, None]
+        row = row.to(tl.int64)
+        for start in range(0, WIDTH, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            mask = row_mask & (column < WIDTH)[None, :]
+            at = x_ptr + row[:, None] * stride + column[None, :]
+            x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+            bounded = tl.where(x != x, LARGEST, tl.minimum(tl.maximum(x, -LARGEST), LARGEST))
+            kept = tl.where(tail, 0.0, bounded)
+            tl.store(at, kept.to(x_ptr.dtype.element_ty), mask=mask & (kept != x))
 
 
 def guard(x: Tensor, cu_seqlens: Tensor) -> None:
-    """Zeroes `x[cu_seqlens[-1]:]` and makes everything before finite, in place: infinities and NaN become the largest
-    finite number. Times zero that is zero, and times a weight it is still far from any sensible value.
+    """Zeroes `x[cu_seqlens[-1]:]` and, where there are several segments, makes everything before finite, in place:
+    infinities and NaN become the largest finite number. Times zero that is zero, and times a weight it is still far
+    from any sensible value.
 
     Args:
         x: `[T, H, Dh]`; a row's values lie one after another.
