@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,7 +70,8 @@ class Pack:
 class VisionEmbedding:
     """What a tower made of one item. The tensors never alias a graph's memory.
 
-    Items that ran in one pack are views of one tensor: clone an embedding that outlives its neighbours by far.
+    Items that ran in one pack are views of one tensor: clone an embedding that outlives its neighbours by far. The
+    encoder's embeddings make their views on first access.
 
     Attributes:
         tokens: `[M, C]` in the tower's dtype and on its device.
@@ -81,6 +82,38 @@ class VisionEmbedding:
     tokens: Tensor
     deepstack: Tensor | None
     grid: Grid
+
+    @classmethod
+    def of_rows(cls, levels: Tensor, first: int, rows: int, grid: Grid) -> VisionEmbedding:
+        """The embedding of an item from the outputs of its pack.
+
+        Args:
+            levels: `[levels, M, C]`: the tokens of all items, then their deepstack maps.
+            first, rows: the item's rows.
+            grid: of the item.
+        """
+        made = object.__new__(cls)
+        fields = made.__dict__
+        fields["grid"] = grid
+        fields["_source"] = levels, first, rows
+        return made
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            # Asked for what the instance lacks: fields that have not been made yet.
+            if name not in ("tokens", "deepstack") or "_source" not in self.__dict__:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            levels, first, rows = self.__dict__["_source"]
+            if name == "tokens":
+                view = levels[0].narrow(0, first, rows)
+            else:
+                view = levels[1:].narrow(1, first, rows) if levels.shape[0] > 1 else None
+            # Threads that ask at the same time get the same view.
+            return self.__dict__.setdefault(name, view)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"tokens": self.tokens, "deepstack": self.deepstack, "grid": self.grid}
 
 
 def sum_counts(parts: Iterable[Counts]) -> dict[str, int]:

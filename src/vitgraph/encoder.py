@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -207,7 +207,9 @@ class VisionEncoder:
         results: list[Any] = self._prepare_all(images)
         good = [i for i, r in enumerate(results) if isinstance(r, Patches)]
         rows = [_as_tensor(results[i].pixel_values) for i in good]
-        for i, embedding in zip(good, self._run(rows, [results[i].grid for i in good], mode), strict=True):
+        grids = [results[i].grid for i in good]
+        embeddings = self.engine.embed(rows, grids, mode) if grids else []
+        for i, embedding in zip(good, embeddings, strict=True):
             results[i] = embedding
         if on_error == "raise" and len(good) < len(results):
             raise BatchError(results)
@@ -227,10 +229,14 @@ class VisionEncoder:
         Raises:
             PatchError: rank, width, dtype, row count or a grid does not fit the tower.
         """
+        key = _batch_key(grid_thw)
+        again = self.engine.embed_again(key, pixel_values) if mode == "auto" else None
+        if again is not None:
+            return again
         known = self._grids
         grids = [known.get(tuple(grid)) or self._grid(grid) for grid in _host_grids(grid_thw)]
         rows = self._check_rows(pixel_values, sum(t * h * w for t, h, w in grids))
-        return self._run(rows, grids, mode)
+        return self.engine.embed(rows, grids, mode, key if isinstance(key, bytes) else None) if grids else []
 
     def release(self) -> None:
         """Frees graphs and static buffers. The encoder cannot encode afterwards."""
@@ -260,14 +266,6 @@ class VisionEncoder:
 
     # -- helpers -----------------------------------------------------------------------------------------------
 
-    def _run(self, rows: Tensor | list[Tensor], grids: list[Grid], mode: Mode) -> list[VisionEmbedding]:
-        outputs = self.engine.run(rows, grids, mode) if grids else []
-        maps = self.spec.deepstack
-        return [
-            VisionEmbedding(levels[0].select(0, 0), levels[0].narrow(0, 1, maps) if maps else None, grid)
-            for levels, grid in zip(outputs, grids, strict=True)
-        ]
-
     def _grid(self, grid: Sequence[int]) -> Grid:
         key = tuple(grid)
         if len(key) != 3:
@@ -296,6 +294,15 @@ class VisionEncoder:
 
 def _as_tensor(values: np.ndarray | Tensor) -> Tensor:
     return values if isinstance(values, Tensor) else torch.from_numpy(values)
+
+
+def _batch_key(grid_thw: Tensor | Sequence[Sequence[int]]) -> Hashable:
+    """What stands for the grids of a batch and is cheap to look up; not checked."""
+    if isinstance(grid_thw, Tensor):
+        usual = grid_thw.dtype == torch.int64 and grid_thw.is_cpu and grid_thw.shape[1:] == (3,)
+        return grid_thw.numpy().tobytes() if usual else None
+    key = tuple(grid_thw)
+    return tuple(map(tuple, key)) if key and isinstance(key[0], list) else key
 
 
 def _host_grids(grid_thw: Tensor | Sequence[Sequence[int]]) -> list[Sequence[int]]:

@@ -116,7 +116,8 @@ def test_replay_path_never_syncs_with_the_host(family: str) -> None:
             encoder.encode_patches(x, grids)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            for x, grids in work:
+            # The second time metadata is kept, from the third time on replays are prepared.
+            for x, grids in work * 3:
                 encoder.encode_patches(x, grids)
         finally:
             torch.cuda.set_sync_debug_mode("default")
@@ -318,3 +319,48 @@ def test_packs_of_one_segment_have_a_graph_of_their_own_where_that_is_faster(mon
             padded = tensors(encoder.encode_patches(x, grids, mode="padded"))
             assert all(torch.equal(a, b) for a, b in zip(replayed, padded, strict=True))
             assert all(t.isfinite().all() for t in replayed)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prepared_replays_in_any_order_on_any_stream_equal_the_padded_run(family: str) -> None:
+    with make(family) as encoder:
+        encoder.capture(progress=False)
+        work = [(pixels(encoder, grids, seed), grids) for seed, grids in enumerate(batches(encoder))]
+        want = [tensors(encoder.encode_patches(x, grids, mode="padded")) for x, grids in work]
+        for x, grids in work * 2:
+            encoder.encode_patches(x, grids)
+        assert len(encoder.engine._prepared) > 0
+        torch.cuda.synchronize()
+        streams = [torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream()]
+        got = []
+        for turn in range(4 * len(work)):
+            # Each batch twice in a row, so that its metadata lies there already, mostly written by another stream.
+            index = turn // 2 * 3 % len(work)
+            with torch.cuda.stream(streams[turn % 3]):
+                got.append((index, tensors(encoder.encode_patches(*work[index]))))
+        torch.cuda.synchronize()
+        for index, outputs in got:
+            assert all(torch.equal(a, b) for a, b in zip(outputs, want[index], strict=True))
+
+
+def test_staging_and_poison_between_prepared_replays_do_not_show() -> None:
+    with make("qwen3_vl") as encoder:
+        grids = [(1, 8, 8), (1, 4, 6)]
+        x = pixels(encoder, grids, 0)
+        want = tensors(encoder.encode_patches(x, grids, mode="padded"))
+        for turn in range(6):
+            if turn % 2:
+                encoder.engine.stage(turn % 3, [Grid(1, 4, 4)])
+            encoder.engine.poison_padding()
+            got = tensors(encoder.encode_patches(x, grids))
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        assert len(encoder.engine._prepared) == 1
+
+
+def test_the_fast_handle_of_the_current_stream_is_the_public_one() -> None:
+    from vitgraph.engine.order import current_handle
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    for stream in (torch.cuda.default_stream(), torch.cuda.Stream(), torch.cuda.Stream()):
+        with torch.cuda.stream(stream):
+            assert current_handle(device) == stream.cuda_stream

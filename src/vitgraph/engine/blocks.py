@@ -5,11 +5,25 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable
 
-import torch
 from torch import Tensor
 
 MOST_BYTES = 64 << 20
 MOST_NOTED = 8192
+
+
+class KeptBlock:
+    """One finished block.
+
+    Attributes:
+        content: uint8 on the device; None once the cache has dropped it.
+        used: whether it was read, without the cache being asked, since the cache last looked for room.
+    """
+
+    __slots__ = ("content", "used")
+
+    def __init__(self, content: Tensor) -> None:
+        self.content: Tensor | None = content
+        self.used = False
 
 
 class BlockCache:
@@ -23,46 +37,46 @@ class BlockCache:
 
     def __init__(self, most_bytes: int = MOST_BYTES) -> None:
         self._most_bytes = most_bytes
-        self._blocks: OrderedDict[Hashable, Tensor] = OrderedDict()
+        self._blocks: OrderedDict[Hashable, tuple[KeptBlock, int]] = OrderedDict()
         self._noted: OrderedDict[Hashable, None] = OrderedDict()
         self.nbytes = 0
 
-    def find(self, key: Hashable) -> Tensor | None:
-        """The kept block, uint8 on the device; None when there is none."""
-        block = self._blocks.get(key)
-        if block is not None:
-            self._blocks.move_to_end(key)
-        return block
+    def find(self, key: Hashable) -> KeptBlock | None:
+        """The kept block; None when there is none."""
+        entry = self._blocks.get(key)
+        if entry is None:
+            return None
+        self._blocks.move_to_end(key)
+        return entry[0]
 
-    def offer(self, key: Hashable, block: Tensor) -> None:
+    def offer(self, key: Hashable, block: Tensor) -> KeptBlock | None:
         """Keeps a copy of `block` if the key was offered before; the least recently used ones make room."""
         if key not in self._noted:
             self._noted[key] = None
             if len(self._noted) > MOST_NOTED:
                 self._noted.popitem(last=False)
-            return
+            return None
         if block.nbytes > self._most_bytes:
-            return
-        while self._blocks and self.nbytes + block.nbytes > self._most_bytes:
-            self.nbytes -= self._blocks.popitem(last=False)[1].nbytes
-        self._blocks[key] = block.clone()
+            return None
+        self._make_room(block.nbytes)
+        kept = KeptBlock(block.clone())
+        self._blocks[key] = kept, block.nbytes
         self.nbytes += block.nbytes
+        return kept
+
+    def _make_room(self, nbytes: int) -> None:
+        while self._blocks and self.nbytes + nbytes > self._most_bytes:
+            key, (kept, freed) = self._blocks.popitem(last=False)
+            if kept.used:
+                kept.used = False
+                self._blocks[key] = kept, freed
+                continue
+            kept.content = None
+            self.nbytes -= freed
 
     def clear(self) -> None:
+        for kept, _ in self._blocks.values():
+            kept.content = None
         self._blocks.clear()
         self._noted.clear()
         self.nbytes = 0
-
-
-def copy_block(target: Tensor, kept: Tensor, stream: torch.cuda.Stream | None) -> None:
-    """Copies a kept block into the static one, which may be longer.
-
-    Args:
-        target: static block.
-        kept: from `BlockCache.find`.
-        stream: the current stream on CUDA.
-    """
-    target[: kept.shape[0]].copy_(kept, non_blocking=True)
-    if stream is not None:
-        # The cache may drop it before this stream has read it, and another stream may have made it.
-        kept.record_stream(stream)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vitgraph.attention.base import Segments, VarlenAttention, tile_bound, write_tiles
 from vitgraph.core import Counts
+from vitgraph.engine.blocks import KeptBlock
 from vitgraph.models.contract import BufferSpec, TowerBuffers, TowerSpec
 from vitgraph.planning.metadata import GridPlan
 
@@ -227,6 +228,13 @@ class Arena:
         self._outputs = [torch.zeros(size, dtype=dtype, device=device) for size in sizes]
         self._slots: list[StagingSlot | None] = [None, None]
         self._next = 0
+        self.holds: KeptBlock | None = None
+        """Whose bytes the block holds; None when nobody knows. Who writes the block says so here."""
+
+    def clear_block(self) -> None:
+        """Zeros, which are valid metadata in every layout; what another budget left there need not be."""
+        self.holds = None
+        self.block.zero_()
 
     @property
     def nbytes(self) -> int:

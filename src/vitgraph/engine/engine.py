@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from threading import RLock
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from vitgraph.attention.base import VarlenAttention, tune
 from vitgraph.config import EncoderConfig
-from vitgraph.core import Counts, Grid, Pack, sum_counts
-from vitgraph.engine.buffers import Arena, MetadataLayout, StaticBuffers
-from vitgraph.engine.graph import CapturedGraph, copy_outputs
-from vitgraph.engine.ladder import WAITING, Ladder, Progress
+from vitgraph.core import Grid, Pack, VisionEmbedding, sum_counts
+from vitgraph.engine.graph import CapturedGraph
+from vitgraph.engine.ladder import Ladder, Progress
 from vitgraph.engine.measure import measure_costs
-from vitgraph.engine.pixels import PieceRows
+from vitgraph.engine.order import RunOrder
+from vitgraph.engine.prepared import PreparedReplay, PreparedReplays
+from vitgraph.engine.results import Outputs, Ran, embeddings, embeddings_of, outputs_of
+from vitgraph.engine.runner import Mode, PackRunner
 from vitgraph.engine.staging import Staging, pixels_of
 from vitgraph.engine.stats import Counters, Stats
 from vitgraph.engine.timer import EngineTimer
@@ -33,16 +34,6 @@ from vitgraph.planning.packing import Planner
 __all__ = ["Engine", "Mode", "Outputs", "Progress"]
 
 logger = logging.getLogger("vitgraph")
-
-Mode = Literal["auto", "padded", "eager"]
-"""How packs run: "auto" replays graphs; "padded" runs the same forward on the same padded static buffers without a
-graph; "eager" runs it on buffers of exactly the pack's size."""
-
-Outputs = tuple[Tensor, ...]
-"""One `[levels, rows, width]` per entry of the spec's `outputs`: the tokens `[levels, M, C]` first."""
-
-Part = tuple[int, Outputs]
-"""First frame of a piece within its item, and the piece's outputs."""
 
 
 class Engine:
@@ -70,12 +61,15 @@ class Engine:
         self.ladder = Ladder(self.spec, self._forward, device, dtype, config, attention)
         self.planner = Planner(self.spec, self.budgets)
         self.staging = Staging(tower, device, config.metadata_cache)
-        self._attention = attention
         self._counters = Counters(config.graph and config.strict)
+        self._order = RunOrder(device)
+        self._runner = PackRunner(
+            self.spec, self._forward, device, dtype, config, attention,
+            self.ladder, self.staging, self._order, self._counters,
+        )  # fmt: skip
+        self._prepared = PreparedReplays()
         self._measure_seconds = 0.0
         self._lock = RLock()
-        self._last_run: torch.cuda.Event | None = None
-        self._last_stream: torch.cuda.Stream | None = None
         self._released = False
         if config.compile:
             for region in tower.compile_regions():
@@ -108,8 +102,7 @@ class Engine:
             if self.ladder.complete:
                 return
             self.warm_metadata()
-            if self._last_run is not None:
-                self._last_run.synchronize()
+            self._order.synchronize()
             self.ladder.capture(progress)
             budgets = len(self.budgets)
             if self.config.measure and self.ladder.graphs:
@@ -127,7 +120,6 @@ class Engine:
         timed = sum(self.planner.cost.measured)
         logger.debug("timed %d of %d budgets in %.2f s", timed, len(self.budgets), self._measure_seconds)
 
-    @torch.no_grad()
     def run(self, rows: Tensor | Sequence[Tensor], grids: Sequence[Grid], mode: Mode = "auto") -> list[Outputs]:
         """Encodes items.
 
@@ -145,20 +137,40 @@ class Engine:
             FallbackError: with `strict=True`, when a pack cannot use a budget.
             EngineReleasedError: after `release()`.
         """
-        with self._lock, self._guard():
-            if mode == "auto" and not self.ladder.complete and not self.config.lazy:
-                self.capture()
-            mode = mode if self.config.graph else "eager"
-            exact = mode == "eager"
-            packs = self.planner.plan(grids, split=not exact, eager=mode == "auto" and not self.config.strict)
-            self._counters.plan(packs, len(grids))
-            together = len(packs) == 1 and len(packs[0].pieces) == len(grids)
-            if isinstance(rows, Tensor) and not together:
-                rows = rows.split([grid.patches for grid in grids])
-            parts: list[list[Part]] = [[] for _ in grids]
-            for pack in packs:
-                self._split(pack, self._run_pack(pack, pixels_of(pack, rows), mode), parts)
-        return [_join(item) for item in parts]
+        key = tuple(grids)
+        ran = self._run_again(key, rows) if mode == "auto" else None
+        packs = self._run(rows, grids, mode, key) if ran is None else [(ran[0].pack, ran[1])]
+        kinds = [output.rows for output in self.spec.outputs]
+        return outputs_of(packs, len(grids), kinds, self.planner.counts)
+
+    def embed(
+        self,
+        rows: Tensor | Sequence[Tensor],
+        grids: Sequence[Grid],
+        mode: Mode = "auto",
+        key: Hashable | None = None,
+    ) -> list[VisionEmbedding]:
+        """As `run`, in the form that `VisionEncoder` returns.
+
+        Args:
+            rows, grids, mode: see `run`.
+            key: under which `embed_again` will find what is prepared here; default: the grids in a tuple.
+        """
+        packs = self._run(rows, grids, mode, tuple(grids) if key is None else key)
+        return embeddings_of(packs, grids, self.planner.counts)
+
+    def embed_again(self, key: Hashable, rows: Tensor) -> list[VisionEmbedding] | None:
+        """As `embed` with mode "auto", for a batch whose replay is prepared: nothing is planned, looked up or sliced.
+
+        Args:
+            key: as in `embed`.
+            rows: pixel rows of all items one after another.
+
+        Returns:
+            None where nothing is prepared, or the rows are not what it was prepared for.
+        """
+        ran = self._run_again(key, rows)
+        return None if ran is None else embeddings(ran[1][0], ran[0].spans)
 
     @property
     def stats(self) -> Stats:
@@ -181,7 +193,9 @@ class Engine:
     def stage(self, budget: int, grids: Sequence[Grid]) -> None:
         """Fills a budget's static metadata for items of these grids, which must fit it. Pixel rows stay as they are."""
         with self._lock, self._guard():
-            self.staging.fill(self.ladder.static(budget), grids, [])
+            stream = self._order.enter()
+            self.staging.fill(self.ladder.static(budget), grids, [], stream)
+            self._order.leave(stream)
 
     @torch.no_grad()
     def run_unpacked(self, grids: Sequence[Grid]) -> Outputs:
@@ -189,7 +203,7 @@ class Engine:
         with self._lock, self._guard():
             total = sum_counts(self.planner.counts(grid) for grid in grids)
             rows = self.ladder.static(len(self.budgets) - 1).inputs.pixel_values[: total["patch"]]
-            return self._run_exact(total, grids, [rows])
+            return self._runner.run_exact(total, grids, [rows])
 
     def captured(self, budget: int, alone: bool = False) -> CapturedGraph:
         """The graph of a captured budget. Only the budget that was filled last may be replayed by hand: the static
@@ -210,90 +224,54 @@ class Engine:
     def release(self) -> None:
         """Frees graphs, their pool and the static buffers. The engine cannot run afterwards."""
         with self._lock:
-            if self._last_run is not None:
-                self._last_run.synchronize()
+            self._order.synchronize()
             self.ladder.release()
             self.staging.blocks.clear()
+            self._prepared.clear()
             self._released = True
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    # -- one pack ----------------------------------------------------------------------------------------------
+    # -- one call ----------------------------------------------------------------------------------------------
 
-    def _run_pack(self, pack: Pack, pixels: Sequence[PieceRows], mode: Mode) -> Outputs:
-        """The pack's outputs, in memory of their own.
+    @torch.no_grad()
+    def _run(self, rows: Tensor | Sequence[Tensor], grids: Sequence[Grid], mode: Mode, key: Hashable) -> list[Ran]:
+        with self._lock, self._guard():
+            if mode == "auto" and not self.ladder.complete and not self.config.lazy:
+                self.capture()
+            mode = mode if self.config.graph else "eager"
+            packs = self.planner.plan(grids, split=mode != "eager", eager=mode == "auto" and not self.config.strict)
+            self._counters.plan(packs, len(grids))
+            together = len(packs) == 1 and len(packs[0].pieces) == len(grids)
+            if isinstance(rows, Tensor) and not together:
+                rows = rows.split([grid.patches for grid in grids])
+            ran = [(pack, self._runner.run(pack, pixels_of(pack, rows), mode)) for pack in packs]
+            if together and mode == "auto":
+                prepared = self._runner.prepare(packs[0], self.planner)
+                if prepared is not None:
+                    self._prepared.keep(key, prepared)
+            return ran
 
-        Args:
-            pack: to run.
-            pixels: of its pieces, in row order.
-            mode: see `Mode`.
-        """
-        if pack.budget is None or mode == "eager":
-            if mode != "eager":
-                self._counters.eager(pack)
-            return self._run_exact(pack.counts, pack.grids, pixels)
-        tokens = self.budgets[pack.budget].tokens
-        self._counters.replay(pack, tokens)
-        if self.config.verbose:
-            logger.info("pack of %d items: %s in budget %d", len(pack.pieces), dict(pack.counts), tokens)
-        return self._run_padded(pack, pack.budget, pixels, use_graph=mode == "auto" and self.device.type == "cuda")
-
-    def _run_padded(self, pack: Pack, budget: int, pixels: Sequence[PieceRows], use_graph: bool) -> Outputs:
-        buffers = self.ladder.static(budget)
-        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
-        if stream is not None and self._last_run is not None and self._last_stream != stream:
-            # Static buffers are shared: whatever stream the caller uses, a run follows the one before it.
-            stream.wait_event(self._last_run)
-        self.staging.fill_pack(buffers, pack, pixels, stream)
-        # Asked before the question which form runs: a first capture may decide that.
-        captured = use_graph and self._has_graph(pack, budget)
-        alone = self.ladder.runs_alone(budget, self.spec.is_long(pack.counts))
-        if captured:
-            outputs = self.ladder.graph(budget, alone).replay()
-            self._counters.stats.graph_replays += 1
-        else:
-            inputs = self.staging.uncaptured(buffers.inputs_of(alone), pack.grids)
-            outputs = copy_outputs(buffers.outputs, self._forward(inputs))
-        # The next replay writes over this memory, so the caller gets a copy of the rows that are his.
-        filled = zip(outputs, self.spec.outputs, strict=True)
-        outputs = tuple(output[:, : pack.counts[spec.rows]].clone() for output, spec in filled)
-        if stream is not None:
-            self._last_run, self._last_stream = self._last_run or torch.cuda.Event(), stream
-            self._last_run.record(stream)
-        return outputs
-
-    def _has_graph(self, pack: Pack, budget: int) -> bool:
-        reason = self.ladder.missing(budget)
-        if reason == WAITING:
-            self._counters.stats.waiting += 1
-        elif reason:
-            self._counters.fall_back(reason, pack)
-        return not reason
-
-    def _run_exact(self, total: Counts, grids: Sequence[Grid], pixels: Sequence[PieceRows]) -> Outputs:
-        layout = MetadataLayout(self.spec, total, self._attention)
-        arena = Arena(self.spec, total, layout.nbytes, self.device, self.dtype)
-        buffers = StaticBuffers.create(self.spec, total, layout, arena)
-        self.staging.fill(buffers, grids, pixels)
-        inputs = buffers.inputs_of(self.spec.is_long(total))
-        return self._forward(self.staging.uncaptured(inputs, grids))
+    def _run_again(self, key: Hashable, rows: Tensor | Sequence[Tensor]) -> tuple[PreparedReplay, Outputs] | None:
+        with self._lock:
+            prepared = self._prepared.find(key)
+            if prepared is None or not isinstance(rows, Tensor) or rows.shape != prepared.pixels.shape:
+                return None
+            # Gradients are not recorded below: rows that need none spare us to say so.
+            if rows.requires_grad or not rows.is_floating_point():
+                return None
+            if not self._runner.is_current(prepared, self.planner):
+                self._prepared.drop(key)
+                return None
+            with self._guard():
+                return prepared, self._runner.replay(prepared, rows)
 
     def _forward(self, inputs: TowerBuffers) -> Outputs:
+        before = _version(inputs)
         result = self.tower(inputs)
+        if before is None or before != _version(inputs):
+            self.staging.metadata_is_only_read = False
         return result if isinstance(result, tuple) else (result,)
-
-    def _split(self, pack: Pack, outputs: Outputs, parts: list[list[Part]]) -> None:
-        """Hands each piece its rows of the outputs, per item."""
-        if len(pack.pieces) == 1:
-            parts[pack.pieces[0].item].append((pack.pieces[0].first_frame, outputs))
-            return
-        counts = [self.planner.counts(grid) for grid in pack.grids]
-        split = [
-            output.split([c[spec.rows] for c in counts], dim=1)
-            for output, spec in zip(outputs, self.spec.outputs, strict=True)
-        ]
-        for piece, *own in zip(pack.pieces, *split, strict=True):
-            parts[piece.item].append((piece.first_frame, tuple(own)))
 
     def _guard(self) -> AbstractContextManager[object]:
         """The right device; an error after `release()`."""
@@ -309,9 +287,7 @@ def _attention_shapes(tower: Tower) -> set[tuple[int, int]]:
     return {(layer.heads, layer.head_dim) for layer in tower.modules() if isinstance(layer, Attention)}
 
 
-def _join(parts: list[Part]) -> Outputs:
-    """Outputs of an item from its pieces, in frame order."""
-    if len(parts) == 1:
-        return parts[0][1]
-    in_order = [outputs for _, outputs in sorted(parts, key=lambda part: part[0])]
-    return tuple(torch.cat(pieces, dim=1) for pieces in zip(*in_order, strict=True))
+def _version(inputs: TowerBuffers) -> int | None:
+    """Rises whenever an operation writes to the metadata; None where nobody counts (in inference mode)."""
+    tensors = inputs.metadata.values()
+    return None if any(t.is_inference() for t in tensors) else sum(t._version for t in tensors)

@@ -119,8 +119,7 @@ class Ladder:
         if self._config.memory_limit is None:
             order.reverse()
         arena = self._make_arena()
-        # Zeros are valid metadata in every layout; what another budget left there need not be.
-        arena.block.zero_()
+        arena.clear_block()
         arena.make_slots()
         warm_ups = self._warm_ups(order)
         for done, index in enumerate(order):

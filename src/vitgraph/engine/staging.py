@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from vitgraph.core import Grid, Pack
-from vitgraph.engine.blocks import BlockCache, copy_block
-from vitgraph.engine.buffers import StaticBuffers, with_lengths
+from vitgraph.engine.blocks import BlockCache, KeptBlock
+from vitgraph.engine.buffers import Arena, StaticBuffers, with_lengths
 from vitgraph.engine.pixels import PieceRows, copy_rows
 from vitgraph.errors import PatchError
 from vitgraph.models.contract import Tower, TowerBuffers
@@ -31,6 +31,8 @@ class Staging:
     def __init__(self, tower: Tower, device: torch.device, most_grids: int) -> None:
         self.grids = MetadataCache(tower.spec.counts, tower.metadata, most_grids)
         self.blocks = BlockCache()
+        self.metadata_is_only_read = True
+        """False once a forward was seen to write to its metadata: what lies there is then written for every run."""
         self._spec, self._device = tower.spec, device
 
     def warm(self, grids: Iterable[Grid] | None) -> None:
@@ -61,13 +63,45 @@ class Staging:
         kept = self.blocks.find(key)
         if kept is None:
             self.fill(buffers, pack.grids, pixels, stream)
-            self.blocks.offer(key, buffers.block)
+            buffers.arena.holds = self.blocks.offer(key, buffers.block)
             return
         self.grids.count_hits(len(pack.grids))
-        copy_block(buffers.block, kept, stream)
+        self.load(buffers, kept, stream)
+        self.copy_pixels(buffers.inputs.pixel_values, pixels, buffers.arena, stream)
+
+    def load(self, buffers: StaticBuffers, kept: KeptBlock, stream: torch.cuda.Stream | None) -> None:
+        """Copies a kept block of this budget into the static one, unless its bytes lie there already.
+
+        Args:
+            buffers: of the budget.
+            kept: not dropped.
+            stream: the current stream on CUDA.
+        """
+        arena, content = buffers.arena, kept.content
+        if arena.holds is kept and self.metadata_is_only_read:
+            return
+        assert content is not None, "a dropped block cannot be loaded"
+        arena.holds = None
+        buffers.block.copy_(content, non_blocking=True)
+        arena.holds = kept
+        if stream is not None:
+            # The cache may drop it before this stream has read it, and another stream may have made it.
+            content.record_stream(stream)
+
+    def copy_pixels(
+        self, target: Tensor, pixels: Sequence[PieceRows], arena: Arena, stream: torch.cuda.Stream | None
+    ) -> None:
+        """Copies rows into static ones, through a staging slot where some come from the host.
+
+        Args:
+            target: `[P, patch_width]`, of the arena.
+            pixels: in row order.
+            arena: whose slots to use.
+            stream: the current stream on CUDA.
+        """
         from_host = any(rows.device != self._device for rows in pixels)
-        slot = buffers.arena.next_slot() if from_host else None
-        copy_rows(buffers.inputs.pixel_values, pixels, slot)
+        slot = arena.next_slot() if from_host else None
+        copy_rows(target, pixels, slot)
         if slot is not None:
             slot.record(stream)
 
@@ -87,6 +121,7 @@ class Staging:
         """
         slot = buffers.arena.next_slot()
         buffers.layout.write(slot.arrays(buffers.layout), [self.grids.get(grid) for grid in grids])
+        buffers.arena.holds = None
         buffers.block.copy_(slot.block[: buffers.layout.nbytes], non_blocking=True)
         copy_rows(buffers.inputs.pixel_values, pixels, slot)
         slot.record(stream)

@@ -82,6 +82,16 @@ class Counters:
         self.stats.packs += len(packs)
         self.stats.split_items += len({p.item for pack in packs for p in pack.pieces if p.first_frame > 0})
 
+    def prepared(self, items: int, tokens: int, budget: int, on_graph: bool) -> None:
+        """A batch whose replay was prepared: `items` items of `tokens` tokens, in one pack of this many tokens."""
+        stats = self.stats
+        stats.items += items
+        stats.packs += 1
+        stats.replays += 1
+        stats.graph_replays += on_graph
+        stats.real_tokens += tokens
+        stats.padded_tokens += budget
+
     def replay(self, pack: Pack, budget: int) -> None:
         """A pack that runs in a budget of this many tokens."""
         self.stats.replays += 1

@@ -1,0 +1,85 @@
+"""Replays that are ready to go: what a batch needs that ran before, found by its grids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vitgraph.core import Pack
+from vitgraph.engine.blocks import KeptBlock
+from vitgraph.engine.buffers import StaticBuffers
+from vitgraph.engine.graph import CapturedGraph
+from vitgraph.engine.results import Span
+from vitgraph.planning.cost import CostModel
+
+MOST_PREPARED = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedReplay:
+    """A batch that is one pack in one budget, with everything looked up and sliced.
+
+    Attributes:
+        pack: the only one of the batch.
+        tokens: of its budget.
+        buffers: of its budget.
+        metadata: its kept block.
+        pixels: `[P, patch_width]`, the static rows that it fills.
+        outputs: static, each `[levels, rows, width]`, narrowed to the pack's rows.
+        spans: its items, in order, in the first output.
+        launch: replays the graph, or runs the forward that stands in for it, into the static outputs.
+        graph: what is replayed; None without a graph.
+        alone: whether that is the budget's second graph.
+        cost: the model that chose the pack.
+    """
+
+    pack: Pack
+    tokens: int
+    buffers: StaticBuffers
+    metadata: KeptBlock
+    pixels: Tensor
+    outputs: tuple[Tensor, ...]
+    spans: tuple[Span, ...]
+    launch: Callable[[], object]
+    graph: CapturedGraph | None
+    alone: bool
+    cost: CostModel
+
+
+class PreparedReplays:
+    """Prepared replays by what stands for the grids of their batch; the oldest make room, and are prepared again when
+    their batch comes again.
+
+    Args:
+        size: most that are kept.
+    """
+
+    def __init__(self, size: int = MOST_PREPARED) -> None:
+        self._size = size
+        self._entries: dict[Hashable, PreparedReplay] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def find(self, key: Hashable) -> PreparedReplay | None:
+        """What was kept under the key; None where there is nothing, or where the key cannot be looked up."""
+        try:
+            return self._entries.get(key)
+        except TypeError:
+            return None
+
+    def keep(self, key: Hashable, prepared: PreparedReplay) -> None:
+        """Keeps it in the place of an earlier one."""
+        if len(self._entries) >= self._size:
+            del self._entries[next(iter(self._entries))]
+        self._entries[key] = prepared
+
+    def drop(self, key: Hashable) -> None:
+        """Forgets what was kept under the key, if anything."""
+        self._entries.pop(key, None)
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self._entries.clear()

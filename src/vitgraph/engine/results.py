@@ -1,0 +1,107 @@
+"""From the outputs of packs to those of items."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vitgraph.core import Counts, Grid, Pack, VisionEmbedding
+
+Outputs = tuple[Tensor, ...]
+"""One `[levels, rows, width]` per entry of the spec's `outputs`: the tokens `[levels, M, C]` first."""
+
+Ran = tuple[Pack, Outputs]
+"""A pack and what came out, in memory of its own."""
+
+
+class Span(NamedTuple):
+    """Where the tokens of an item lie in the outputs of its pack."""
+
+    grid: Grid
+    first: int
+    rows: int
+
+
+def spans_of(grids: Iterable[Grid], rows_of: Callable[[Grid], int]) -> tuple[Span, ...]:
+    """Spans of items that follow each other.
+
+    Args:
+        grids: per item.
+        rows_of: rows that an item of a grid has.
+    """
+    spans, first = [], 0
+    for grid in grids:
+        rows = rows_of(grid)
+        spans.append(Span(grid, first, rows))
+        first += rows
+    return tuple(spans)
+
+
+def embeddings(tokens: Tensor, spans: Iterable[Span]) -> list[VisionEmbedding]:
+    """The items of one pack; their views are made when they are asked for.
+
+    Args:
+        tokens: `[levels, M, C]` of the pack.
+        spans: of its items, in order.
+    """
+    return [VisionEmbedding.of_rows(tokens, first, rows, grid) for grid, first, rows in spans]
+
+
+def embeddings_of(ran: Sequence[Ran], grids: Sequence[Grid], counts: Callable[[Grid], Counts]) -> list[VisionEmbedding]:
+    """The items of several packs, in the caller's order.
+
+    Args:
+        ran: packs with their outputs.
+        grids: of the items.
+        counts: rows of each kind that an item fills.
+    """
+
+    def tokens_of(grid: Grid) -> int:
+        return counts(grid)["token"]
+
+    found: list[list[tuple[int, Tensor, Span]]] = [[] for _ in grids]
+    for pack, outputs in ran:
+        for piece, span in zip(pack.pieces, spans_of(pack.grids, tokens_of), strict=True):
+            found[piece.item].append((piece.first_frame, outputs[0], span))
+    return [_embedding(pieces, grid) for pieces, grid in zip(found, grids, strict=True)]
+
+
+def _embedding(pieces: list[tuple[int, Tensor, Span]], grid: Grid) -> VisionEmbedding:
+    if len(pieces) == 1:
+        _, tokens, (_, first, rows) = pieces[0]
+        return VisionEmbedding.of_rows(tokens, first, rows, grid)
+    pieces.sort(key=lambda piece: piece[0])
+    joined = torch.cat([tokens.narrow(1, span.first, span.rows) for _, tokens, span in pieces], dim=1)
+    return VisionEmbedding.of_rows(joined, 0, joined.shape[1], grid)
+
+
+def outputs_of(ran: Sequence[Ran], items: int, kinds: Sequence[str], counts: Callable[[Grid], Counts]) -> list[Outputs]:
+    """Per item its outputs, in the caller's order.
+
+    Args:
+        ran: packs with their outputs.
+        items: how many there are.
+        kinds: what the rows of each output count.
+        counts: rows of each kind that an item fills.
+    """
+    parts: list[list[tuple[int, Outputs]]] = [[] for _ in range(items)]
+    for pack, outputs in ran:
+        if len(pack.pieces) == 1:
+            parts[pack.pieces[0].item].append((pack.pieces[0].first_frame, outputs))
+            continue
+        filled = [counts(grid) for grid in pack.grids]
+        split = [x.split([c[kind] for c in filled], dim=1) for x, kind in zip(outputs, kinds, strict=True)]
+        for piece, *own in zip(pack.pieces, *split, strict=True):
+            parts[piece.item].append((piece.first_frame, tuple(own)))
+    return [_join(item) for item in parts]
+
+
+def _join(parts: list[tuple[int, Outputs]]) -> Outputs:
+    """Outputs of an item from its pieces, in frame order."""
+    if len(parts) == 1:
+        return parts[0][1]
+    in_order = [outputs for _, outputs in sorted(parts, key=lambda part: part[0])]
+    return tuple(torch.cat(pieces, dim=1) for pieces in zip(*in_order, strict=True))

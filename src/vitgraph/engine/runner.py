@@ -1,0 +1,217 @@
+"""Running one pack: in its budget, on buffers of exactly its size, or as it was prepared."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vitgraph.attention.base import VarlenAttention
+from vitgraph.config import EncoderConfig
+from vitgraph.core import Counts, Grid, Pack
+from vitgraph.engine.buffers import Arena, MetadataLayout, StaticBuffers
+from vitgraph.engine.graph import CapturedGraph, copy_outputs
+from vitgraph.engine.ladder import WAITING, Ladder
+from vitgraph.engine.order import RunOrder
+from vitgraph.engine.pixels import PieceRows
+from vitgraph.engine.prepared import PreparedReplay
+from vitgraph.engine.results import Outputs, spans_of
+from vitgraph.engine.staging import Staging
+from vitgraph.engine.stats import Counters
+from vitgraph.models.contract import TowerBuffers, TowerSpec
+from vitgraph.planning.packing import Planner
+
+logger = logging.getLogger("vitgraph")
+
+Mode = Literal["auto", "padded", "eager"]
+"""How packs run: "auto" replays graphs; "padded" runs the same forward on the same padded static buffers without a
+graph; "eager" runs it on buffers of exactly the pack's size."""
+
+
+class PackRunner:
+    """Runs packs, one at a time.
+
+    Args:
+        spec: of the tower.
+        forward: of the tower, as a tuple of outputs.
+        device, dtype: of the tower.
+        config: see `EncoderConfig`.
+        attention: the tower's backend.
+        ladder: budgets and graphs.
+        staging: fills their buffers.
+        order: of runs on the device.
+        counters: count what runs.
+    """
+
+    def __init__(
+        self,
+        spec: TowerSpec,
+        forward: Callable[[TowerBuffers], Outputs],
+        device: torch.device,
+        dtype: torch.dtype,
+        config: EncoderConfig,
+        attention: VarlenAttention,
+        ladder: Ladder,
+        staging: Staging,
+        order: RunOrder,
+        counters: Counters,
+    ) -> None:
+        self._spec, self._forward = spec, forward
+        self._device, self._dtype, self._attention = device, dtype, attention
+        self._ladder, self._staging, self._order, self._counters = ladder, staging, order, counters
+        self._on_device = device.type == "cuda"
+        self._verbose = config.verbose
+        self._row_kinds = tuple(output.rows for output in spec.outputs)
+
+    def run(self, pack: Pack, pixels: Sequence[PieceRows], mode: Mode) -> Outputs:
+        """The pack's outputs, in memory of their own.
+
+        Args:
+            pack: to run.
+            pixels: of its pieces, in row order.
+            mode: see `Mode`.
+
+        Raises:
+            FallbackError: with `strict=True`, when the pack cannot use a budget.
+        """
+        if pack.budget is None or mode == "eager":
+            if mode != "eager":
+                self._counters.eager(pack)
+            return self.run_exact(pack.counts, pack.grids, pixels)
+        tokens = self._ladder.budgets[pack.budget].tokens
+        self._counters.replay(pack, tokens)
+        if self._verbose:
+            _log(pack, tokens)
+        return self._run_padded(pack, pack.budget, pixels, use_graph=mode == "auto" and self._on_device)
+
+    def run_exact(self, total: Counts, grids: Sequence[Grid], pixels: Sequence[PieceRows]) -> Outputs:
+        """Eager outputs, on buffers of exactly the pack's size.
+
+        Args:
+            total: rows of each kind.
+            grids: of the pieces.
+            pixels: of the pieces, in row order.
+        """
+        layout = MetadataLayout(self._spec, total, self._attention)
+        arena = Arena(self._spec, total, layout.nbytes, self._device, self._dtype)
+        buffers = StaticBuffers.create(self._spec, total, layout, arena)
+        self._staging.fill(buffers, grids, pixels)
+        inputs = buffers.inputs_of(self._spec.is_long(total))
+        return self._forward(self._staging.uncaptured(inputs, grids))
+
+    def prepare(self, pack: Pack, planner: Planner) -> PreparedReplay | None:
+        """All that `replay` needs, where the pack's metadata is kept on the device and its budget has its graph.
+
+        Args:
+            pack: whole items, in the caller's order.
+            planner: that made it.
+        """
+        kept = self._staging.blocks.find((pack.budget, pack.grids))
+        if pack.budget is None or kept is None:
+            return None
+        alone = self._ladder.runs_alone(pack.budget, self._spec.is_long(pack.counts))
+        graph = self._graph(pack.budget, alone)
+        if self._on_device and graph is None:
+            return None
+        buffers = self._ladder.static(pack.budget)
+        return PreparedReplay(
+            pack=pack,
+            tokens=self._ladder.budgets[pack.budget].tokens,
+            buffers=buffers,
+            metadata=kept,
+            pixels=buffers.inputs.pixel_values[: pack.counts["patch"]],
+            outputs=self._filled(buffers, pack),
+            spans=spans_of(pack.grids, lambda grid: planner.counts(grid)["token"]),
+            launch=graph.replay if graph else partial(self._run_static, buffers, alone, pack.grids),
+            graph=graph,
+            alone=alone,
+            cost=planner.cost,
+        )
+
+    def is_current(self, prepared: PreparedReplay, planner: Planner) -> bool:
+        """Whether everything that it rests on is what it was.
+
+        Args:
+            prepared: from `prepare`.
+            planner: that plans now.
+        """
+        return (
+            prepared.cost is planner.cost
+            and prepared.metadata.content is not None
+            and prepared.graph is self._graph(prepared.pack.budget, prepared.alone)
+        )
+
+    def replay(self, prepared: PreparedReplay, rows: Tensor) -> Outputs:
+        """The pack's outputs, in memory of their own. Before the launch nothing is done per item.
+
+        Args:
+            prepared: current.
+            rows: `[P, patch_width]` of all items; they need no gradient.
+        """
+        stream = self._order.enter()
+        try:
+            self._staging.load(prepared.buffers, prepared.metadata, stream)
+            if rows.device == self._device:
+                prepared.pixels.copy_(rows, non_blocking=True)
+            else:
+                self._staging.copy_pixels(prepared.pixels, [rows], prepared.buffers.arena, stream)
+            prepared.launch()
+            outputs = tuple([output.clone() for output in prepared.outputs])
+        finally:
+            self._order.leave(stream)
+        pack, items = prepared.pack, len(prepared.spans)
+        prepared.metadata.used = True
+        self._staging.grids.count_hits(items)
+        self._counters.prepared(items, pack.counts["token"], prepared.tokens, prepared.graph is not None)
+        if self._verbose:
+            _log(pack, prepared.tokens)
+        return outputs
+
+    def _run_padded(self, pack: Pack, budget: int, pixels: Sequence[PieceRows], use_graph: bool) -> Outputs:
+        buffers = self._ladder.static(budget)
+        stream = self._order.enter()
+        try:
+            self._staging.fill_pack(buffers, pack, pixels, stream)
+            # Asked before the question which form runs: a first capture may decide that.
+            captured = use_graph and self._has_graph(pack, budget)
+            alone = self._ladder.runs_alone(budget, self._spec.is_long(pack.counts))
+            if captured:
+                self._ladder.graph(budget, alone).replay()
+                self._counters.stats.graph_replays += 1
+            else:
+                self._run_static(buffers, alone, pack.grids)
+            # The next replay writes over this memory, so the caller gets a copy of the rows that are his.
+            return tuple([output.clone() for output in self._filled(buffers, pack)])
+        finally:
+            self._order.leave(stream)
+
+    @torch.no_grad()
+    def _run_static(self, buffers: StaticBuffers, alone: bool, grids: Sequence[Grid]) -> None:
+        """What a graph would do, launch by launch."""
+        inputs = self._staging.uncaptured(buffers.inputs_of(alone), grids)
+        copy_outputs(buffers.outputs, self._forward(inputs))
+
+    def _filled(self, buffers: StaticBuffers, pack: Pack) -> Outputs:
+        """The rows of the static outputs that a pack fills."""
+        pairs = zip(buffers.outputs, self._row_kinds, strict=True)
+        return tuple([output[:, : pack.counts[kind]] for output, kind in pairs])
+
+    def _graph(self, budget: int | None, alone: bool) -> CapturedGraph | None:
+        graphs = self._ladder.alone if alone else self._ladder.graphs
+        return None if budget is None else graphs.get(budget)
+
+    def _has_graph(self, pack: Pack, budget: int) -> bool:
+        reason = self._ladder.missing(budget)
+        if reason == WAITING:
+            self._counters.stats.waiting += 1
+        elif reason:
+            self._counters.fall_back(reason, pack)
+        return not reason
+
+
+def _log(pack: Pack, tokens: int) -> None:
+    logger.info("pack of %d items: %s in budget %d", len(pack.pieces), dict(pack.counts), tokens)

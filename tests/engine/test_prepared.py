@@ -1,0 +1,320 @@
+"""Batches that come again run as they were prepared, and only while all that they rest on is what it was."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from vitgraph import EncoderConfig, VisionEncoder
+from vitgraph.core import Grid
+from vitgraph.engine import runner
+from vitgraph.engine.blocks import BlockCache
+from vitgraph.engine.prepared import PreparedReplays
+from vitgraph.errors import EngineReleasedError, PatchError
+from vitgraph.planning.packing import Planner
+
+BATCHES = [[(1, 8, 8), (1, 4, 12)], [(1, 8, 8)], [(1, 4, 12), (1, 8, 8)], [(1, 12, 12)], [(1, 2, 2)] * 3]
+"""Of two budgets, each one pack."""
+
+
+def make(family: str = "qwen2_5_vl", **settings: object) -> VisionEncoder:
+    settings = {"budgets": (24, 64), **settings}
+    return VisionEncoder.from_config(family, device="cpu", config=EncoderConfig(**settings))
+
+
+def rows_of(encoder: VisionEncoder, grids: list, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(sum(t * h * w for t, h, w in grids), encoder.spec.patch_width, generator=generator)
+
+
+@pytest.fixture
+def replays(monkeypatch) -> list:
+    """The prepared replays that ran."""
+    ran: list = []
+    replay = runner.PackRunner.replay
+    monkeypatch.setattr(
+        runner.PackRunner,
+        "replay",
+        lambda self, prepared, rows: (ran.append(prepared), replay(self, prepared, rows))[1],
+    )
+    return ran
+
+
+def same(got: list, want: list) -> bool:
+    pairs = list(zip(got, want, strict=True))
+    levels = all((g.deepstack is None) == (w.deepstack is None) for g, w in pairs)
+    return (
+        levels
+        and all(torch.equal(g.tokens, w.tokens) and g.grid == w.grid for g, w in pairs)
+        and all(torch.equal(g.deepstack, w.deepstack) for g, w in pairs if g.deepstack is not None)
+    )
+
+
+def warm(encoder: VisionEncoder, grids: list) -> None:
+    """Until the batch is prepared: its metadata is kept when it comes for the second time."""
+    for _ in range(2):
+        encoder.encode_patches(rows_of(encoder, grids), grids)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_batches_in_turn_give_what_the_unprepared_path_gives(family: str, replays: list) -> None:
+    encoder = make(family)
+    for turn in range(5):
+        # Repeats in a row, and each batch after each other one.
+        for index in [*range(len(BATCHES)), *reversed(range(len(BATCHES)))]:
+            grids, x = BATCHES[index], rows_of(encoder, BATCHES[index], turn)
+            got = encoder.encode_patches(x, grids)
+            assert same(got, encoder.encode_patches(x, grids, mode="padded"))
+            assert same(encoder.encode_patches(x, grids), got)
+    assert len(replays) > 60
+
+
+def test_counters_are_the_same_either_way(replays: list) -> None:
+    prepared, plain = make(), make()
+    plain.engine.staging.blocks = BlockCache(0)  # nothing is kept, so nothing is prepared
+    for encoder in (prepared, plain):
+        for grids in BATCHES * 3:
+            encoder.encode_patches(rows_of(encoder, grids), grids)
+    assert len(replays) == len(BATCHES)
+    assert replace(prepared.stats, static_bytes=0) == replace(plain.stats, static_bytes=0)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda grids: [Grid(*g) for g in grids],
+        lambda grids: tuple(grids),
+        lambda grids: [list(g) for g in grids],
+        lambda grids: torch.tensor(grids),
+        lambda grids: torch.tensor(grids).repeat(1, 2)[:, :3],
+        lambda grids: torch.tensor(grids, dtype=torch.int32),
+        lambda grids: [torch.tensor(g) for g in grids],
+    ],
+    ids=["grids", "tuple", "lists", "tensor", "strided tensor", "int32 tensor", "list of tensors"],
+)
+def test_grids_in_every_form_give_the_same(form, replays: list) -> None:
+    encoder = make("qwen3_vl")
+    for turn in range(4):
+        for grids in BATCHES:
+            x = rows_of(encoder, grids, turn)
+            assert same(encoder.encode_patches(x, form(grids)), encoder.encode_patches(x, grids, mode="padded"))
+    assert replays or form(BATCHES[0])[0].__class__ is torch.Tensor
+
+
+def test_grids_that_are_overwritten_in_place_are_read_anew() -> None:
+    encoder = make("qwen3_vl")
+    for grid in (torch.tensor([[1, 4, 12]]), [torch.tensor([1, 4, 12])], [[1, 4, 12]]):
+        x = rows_of(encoder, [(1, 4, 12)])
+        for _ in range(3):
+            encoder.encode_patches(x, grid)
+        grid[0][1], grid[0][2] = 12, 4
+        assert encoder.encode_patches(x, grid)[0].grid == (1, 12, 4)
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        (lambda x: x[:-1], "63 rows"),
+        (lambda x: x[:, :-1], "expects"),
+        (lambda x: x.int(), "floating point"),
+        (lambda x: x.numpy(), "floating point"),
+    ],
+    ids=["rows", "width", "integers", "array"],
+)
+def test_rows_that_do_not_fit_a_prepared_batch_are_refused_as_ever(rows, message: str) -> None:
+    encoder, grids = make(), [(1, 8, 8)]
+    warm(encoder, grids)
+    x = rows_of(encoder, grids)
+    with pytest.raises(PatchError, match=message):
+        encoder.encode_patches(rows(x), grids)
+    assert same(encoder.encode_patches(x, grids), encoder.encode_patches(x, grids, mode="padded"))
+
+
+def test_other_dtypes_shapes_and_gradients_are_served(replays: list) -> None:
+    encoder, grids = make(), [(1, 8, 8)]
+    warm(encoder, grids)
+    x = rows_of(encoder, grids).half().float()
+    want = encoder.encode_patches(x, grids, mode="padded")
+    for given in (x.half(), x.double(), x.t().contiguous().t(), x.view(64, -1, 4), x.clone().requires_grad_()):
+        got = encoder.encode_patches(given, grids)
+        assert same(got, want)
+        assert not got[0].tokens.requires_grad
+    assert len(replays) == 3
+    assert not replays[0].pixels.requires_grad
+
+
+def test_results_do_not_alias_the_static_buffers() -> None:
+    encoder, grids = make("qwen3_vl"), [(1, 8, 8), (1, 4, 4)]
+    warm(encoder, grids)
+    want = encoder.encode_patches(rows_of(encoder, grids), grids, mode="padded")
+    got = encoder.encode_patches(rows_of(encoder, grids), grids)  # no view is made before the next replay
+    encoder.encode_patches(rows_of(encoder, grids, seed=9), grids)
+    assert same(got, want)
+
+
+def test_metadata_that_lies_there_already_is_not_copied(monkeypatch) -> None:
+    encoder = make()
+    for grids in BATCHES:
+        warm(encoder, grids)
+    arena = encoder.engine.ladder.static(0).arena
+    before = arena.block._version
+    for _ in range(3):
+        encoder.encode_patches(rows_of(encoder, BATCHES[-1]), BATCHES[-1])
+    assert arena.block._version == before
+    encoder.encode_patches(rows_of(encoder, BATCHES[0]), BATCHES[0])
+    assert arena.block._version == before + 1
+
+
+def _stage(encoder: VisionEncoder) -> None:
+    encoder.engine.stage(1, [Grid(1, 4, 4)])
+
+
+def _stage_the_same(encoder: VisionEncoder) -> None:
+    encoder.engine.stage(0, [Grid(1, 4, 4), Grid(1, 2, 2)])
+
+
+def _fresh(encoder: VisionEncoder) -> None:
+    grids = [(1, 6, 10)]
+    encoder.encode_patches(rows_of(encoder, grids), grids)
+
+
+def _padded(encoder: VisionEncoder) -> None:
+    grids = [(1, 2, 20)]
+    encoder.encode_patches(rows_of(encoder, grids), grids, mode="padded")
+
+
+def _capture(encoder: VisionEncoder) -> None:
+    encoder.engine.ladder.static(0).arena.clear_block()
+
+
+def _fail(encoder: VisionEncoder) -> None:
+    grids = [(1, 8, 8)]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(encoder.tower, "forward", lambda *_: (_ for _ in ()).throw(RuntimeError()))
+        encoder.encode_patches(rows_of(encoder, grids), grids)
+
+
+@pytest.mark.parametrize("between", [_stage, _stage_the_same, _fresh, _padded, _capture, _fail])
+def test_whatever_writes_the_block_in_between_is_undone(between) -> None:
+    encoder = make()
+    for grids in BATCHES:
+        warm(encoder, grids)
+    for grids in BATCHES:
+        x = rows_of(encoder, grids, 5)
+        want = encoder.encode_patches(x, grids, mode="padded")
+        encoder.encode_patches(x, grids)
+        between(encoder)
+        assert same(encoder.encode_patches(x, grids), want)
+
+
+def test_pixels_poisoned_in_between_do_not_show() -> None:
+    encoder = make()
+    for grids in BATCHES:
+        warm(encoder, grids)
+        x = rows_of(encoder, grids, 5)
+        want = encoder.encode_patches(x, grids)
+        encoder.engine.poison_padding()
+        assert same(encoder.encode_patches(x, grids), want)
+
+
+def test_a_tower_that_writes_to_its_metadata_gets_it_anew_for_every_run(monkeypatch) -> None:
+    encoder = make("qwen3_vl")
+    forward = encoder.tower.forward
+
+    def spoiling(buffers):
+        out = forward(buffers)
+        for tensor in buffers.metadata.values():
+            tensor.zero_()
+        return out
+
+    monkeypatch.setattr(encoder.tower, "forward", spoiling)
+    grids = [(1, 8, 8), (1, 4, 4)]
+    x = rows_of(encoder, grids)
+    want = encoder.encode_patches(x, grids, mode="eager")
+    for _ in range(5):
+        for got, expected in zip(encoder.encode_patches(x, grids), want, strict=True):
+            torch.testing.assert_close(got.tokens, expected.tokens, rtol=1e-5, atol=1e-5)
+
+
+def test_another_cost_model_plans_anew(replays: list) -> None:
+    encoder, grids = make(), [(1, 8, 8)]
+    warm(encoder, grids)
+    planner = encoder.engine.planner
+    # As if the larger budget had been found to be faster.
+    planner.cost = replace(planner.cost, fixed=(900.0, 100.0))
+    x = rows_of(encoder, grids)
+    before = encoder.stats.padded_tokens
+    encoder.encode_patches(x, grids)
+    assert not replays
+    assert encoder.stats.padded_tokens == before + 64
+    encoder.engine.planner = Planner(encoder.spec, encoder.budgets)
+    before = encoder.stats.padded_tokens
+    encoder.encode_patches(x, grids)
+    assert encoder.stats.padded_tokens == before + 24
+
+
+def test_a_dropped_block_ends_what_rests_on_it_and_a_used_one_stays(replays: list) -> None:
+    encoder = make()
+    used, unused, new = BATCHES[0], BATCHES[2], BATCHES[3]
+    for grids in (used, unused):
+        warm(encoder, grids)
+    encoder.encode_patches(rows_of(encoder, used), used)
+    blocks = encoder.engine.staging.blocks
+    blocks._most_bytes = blocks.nbytes
+    warm(encoder, new)
+    replays.clear()
+    for grids in (used, unused):
+        x = rows_of(encoder, grids, 3)
+        assert same(encoder.encode_patches(x, grids), encoder.encode_patches(x, grids, mode="padded"))
+    assert [prepared.pack.grids for prepared in replays] == [tuple(used)]
+
+
+def test_the_oldest_prepared_replays_make_room(replays: list) -> None:
+    encoder = make()
+    encoder.engine._prepared = PreparedReplays(2)
+    for grids in BATCHES:
+        warm(encoder, grids)
+    assert len(encoder.engine._prepared) == 2
+    for grids in BATCHES:
+        x = rows_of(encoder, grids, 3)
+        assert same(encoder.encode_patches(x, grids), encoder.encode_patches(x, grids, mode="padded"))
+
+
+def test_only_one_pack_of_whole_items_is_prepared() -> None:
+    encoder = make("qwen3_vl", budgets=(16,))
+    for grids in ([(1, 20, 20)], [(1, 8, 8), (1, 8, 8)], [(4, 8, 8)]):
+        x = rows_of(encoder, grids)
+        want = encoder.encode_patches(x, grids)
+        for _ in range(3):
+            assert same(encoder.encode_patches(x, grids), want)
+    assert len(encoder.engine._prepared) == 0
+
+
+def test_without_graphs_nothing_is_prepared() -> None:
+    encoder = make(graph=False)
+    warm(encoder, BATCHES[0])
+    assert len(encoder.engine._prepared) == 0
+
+
+def test_a_released_encoder_says_so_for_prepared_batches() -> None:
+    encoder = make()
+    warm(encoder, BATCHES[0])
+    encoder.release()
+    assert len(encoder.engine._prepared) == 0, "its views would keep the static buffers"
+    with pytest.raises(EngineReleasedError):
+        encoder.encode_patches(rows_of(encoder, BATCHES[0]), BATCHES[0])
+
+
+def test_items_of_the_engine_come_the_same_from_a_prepared_replay(replays: list) -> None:
+    encoder = make("qwen3_vl")
+    grids = [Grid(1, 8, 8), Grid(1, 4, 4)]
+    x = rows_of(encoder, grids)
+    want = encoder.engine.run(x, grids, "padded")
+    for _ in range(4):
+        got = encoder.engine.run(x, grids)
+        assert all(torch.equal(g, w) for a, b in zip(got, want, strict=True) for g, w in zip(a, b, strict=True))
+        by_item = encoder.engine.run(list(x.split([64, 16])), grids)
+        assert torch.equal(by_item[1][0], want[1][0])
+    assert replays
