@@ -58,3 +58,14 @@ def test_threads_may_share_it() -> None:
     for thread in threads:
         thread.join()
     assert len(cache) == 4
+
+
+def test_all_grids_of_a_pack_count_as_one_by_one() -> None:
+    packs = [[Grid(1, 2, 2)] * 2, [Grid(1, 2, 2), Grid(1, 4, 4)], [Grid(1, 4, 4), Grid(1, 2, 2)], [], [Grid(1, 6, 6)]]
+    one_by_one, at_once = (MetadataCache(counts, compute, size=2) for _ in range(2))
+    for grids in packs * 2:
+        want = [one_by_one.get(grid) for grid in grids]
+        got = at_once.get_all(grids)
+        assert [plan.counts for plan in got] == [plan.counts for plan in want]
+        assert (at_once.hits, at_once.misses) == (one_by_one.hits, one_by_one.misses)
+        assert list(at_once._entries) == list(one_by_one._entries)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -58,6 +59,7 @@ class MetadataLayout:
     def __init__(self, spec: TowerSpec, capacity: Counts, attention: VarlenAttention | None = None) -> None:
         self.capacity = capacity
         self._items = list(spec.buffers)
+        self._kinds = {kind for buffer in spec.buffers for kind in (buffer.rows, buffer.offset) if kind}
         self._rows = {s.name: capacity[offset_kind(spec, s.name)] for s in spec.segments}
         self.longest = {s.name: s.max_length or self._rows[s.name] for s in spec.segments}
         schedules = [self._schedule(spec, s.name, attention) for s in spec.segments]
@@ -106,24 +108,36 @@ class MetadataLayout:
             arrays: from `arrays()`; every entry is written.
             plans: per item, in row order.
         """
+        filled = {kind: [plan.counts[kind] for plan in plans] for kind in self._kinds}
         for buffer in self._items:
-            _write_buffer(buffer, arrays[buffer.name], plans)
+            parts = [plan.metadata[buffer.name] for plan in plans]
+            _write_buffer(buffer, arrays[buffer.name], parts, filled)
         for schedule in self.schedules:
             offsets, tiles = arrays[schedule.segments], arrays[schedule.name]
             write_tiles(offsets, self._rows[schedule.segments], schedule.block, tiles)
 
 
-def _write_buffer(spec: BufferSpec, out: np.ndarray, plans: Sequence[GridPlan]) -> None:
+def _write_buffer(
+    spec: BufferSpec, out: np.ndarray, parts: Sequence[np.ndarray], filled: Mapping[str, Sequence[int]]
+) -> None:
+    """Writes one buffer.
+
+    Args:
+        spec: of the buffer.
+        out: `[lead + rows, *trailing]`.
+        parts: per item its rows.
+        filled: per kind the rows of each item.
+    """
     out[: spec.lead] = 0
     end = spec.lead
-    if plans:
-        rows = [plan.counts[spec.rows] for plan in plans]
+    if parts:
+        rows = filled[spec.rows]
         end += sum(rows)
-        filled = out[spec.lead : end]
-        np.concatenate([plan.metadata[spec.name] for plan in plans], out=filled, casting="unsafe")
-        if spec.offset is not None and len(plans) > 1:
-            before = np.cumsum([0, *(plan.counts[spec.offset] for plan in plans[:-1])])
-            filled += np.repeat(before, rows).reshape(-1, *(1,) * len(spec.trailing)).astype(out.dtype)
+        written = out[spec.lead : end]
+        np.concatenate(parts, out=written, casting="unsafe")
+        if spec.offset is not None and len(parts) > 1:
+            before = np.array([0, *accumulate(filled[spec.offset][:-1])], dtype=out.dtype)
+            written += np.repeat(before, rows).reshape(-1, *(1,) * len(spec.trailing))
     _pad(spec, out, end)
 
 
@@ -162,7 +176,7 @@ class StagingSlot:
         self.bytes = self.block.numpy()
         self.event = torch.cuda.Event() if self._pinned else None
         self._pixel_shape, self._dtype, self._device = pixel_shape, dtype, device
-        self._arrays: dict[MetadataLayout, dict[str, np.ndarray]] = {}
+        self._parts: dict[MetadataLayout, tuple[Tensor, dict[str, np.ndarray]]] = {}
 
     @cached_property
     def pixels(self) -> Tensor:
@@ -188,11 +202,11 @@ class StagingSlot:
         landing = self.__dict__.get("landing")
         return 0 if landing is None else landing.nbytes
 
-    def arrays(self, layout: MetadataLayout) -> dict[str, np.ndarray]:
-        """The block as the buffers of one layout."""
-        if layout not in self._arrays:
-            self._arrays[layout] = layout.arrays(self.bytes)
-        return self._arrays[layout]
+    def part(self, layout: MetadataLayout) -> tuple[Tensor, dict[str, np.ndarray]]:
+        """The part of the block that one layout takes: its bytes, and the same as buffers."""
+        if layout not in self._parts:
+            self._parts[layout] = self.block[: layout.nbytes], layout.arrays(self.bytes)
+        return self._parts[layout]
 
     def record(self, stream: torch.cuda.Stream | None) -> None:
         """Notes that everything read from here has been queued on the stream."""

@@ -62,6 +62,9 @@ def embeddings_of(ran: Sequence[Ran], grids: Sequence[Grid], counts: Callable[[G
     def tokens_of(grid: Grid) -> int:
         return counts(grid)["token"]
 
+    if len(ran) == 1 and len(ran[0][0].pieces) == len(grids):
+        pack, outputs = ran[0]
+        return embeddings(outputs[0], spans_of(pack.grids, tokens_of))
     found: list[list[tuple[int, Tensor, Span]]] = [[] for _ in grids]
     for pack, outputs in ran:
         for piece, span in zip(pack.pieces, spans_of(pack.grids, tokens_of), strict=True):

@@ -107,17 +107,19 @@ class PackRunner:
         """All that `replay` needs, where the pack's metadata is kept on the device and its budget has its graph.
 
         Args:
-            pack: whole items, in the caller's order.
+            pack: that ran last: whole items, in the caller's order.
             planner: that made it.
         """
-        kept = self._staging.blocks.find((pack.budget, pack.grids))
-        if pack.budget is None or kept is None:
+        if pack.budget is None:
+            return None
+        buffers = self._ladder.static(pack.budget)
+        kept = buffers.arena.holds
+        if kept is None:
             return None
         alone = self._ladder.runs_alone(pack.budget, self._spec.is_long(pack.counts))
         graph = self._graph(pack.budget, alone)
         if self._on_device and graph is None:
             return None
-        buffers = self._ladder.static(pack.budget)
         return PreparedReplay(
             pack=pack,
             tokens=self._ladder.budgets[pack.budget].tokens,

@@ -120,9 +120,10 @@ class Staging:
             stream: the current stream, or None to look it up.
         """
         slot = buffers.arena.next_slot()
-        buffers.layout.write(slot.arrays(buffers.layout), [self.grids.get(grid) for grid in grids])
+        staged, arrays = slot.part(buffers.layout)
+        buffers.layout.write(arrays, self.grids.get_all(grids))
         buffers.arena.holds = None
-        buffers.block.copy_(slot.block[: buffers.layout.nbytes], non_blocking=True)
+        buffers.block.copy_(staged, non_blocking=True)
         copy_rows(buffers.inputs.pixel_values, pixels, slot)
         slot.record(stream)
 

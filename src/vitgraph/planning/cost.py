@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -64,7 +65,7 @@ class CostModel:
         """Time of the eager forward on buffers of exactly `rows` patch rows; infinite where no curve is known."""
         if not self.eager_rows:
             return float("inf")
-        nearest = min(int(np.searchsorted(self.rows, rows)), len(self.rows) - 1)
+        nearest = min(bisect_left(self.rows, rows), len(self.rows) - 1)
         return self._eager_fixed(rows) + self._slope(nearest, alone) * load
 
     def _eager_fixed(self, rows: int) -> float:

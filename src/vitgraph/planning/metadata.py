@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from threading import Lock
 from typing import NamedTuple
 
@@ -57,6 +57,18 @@ class MetadataCache:
                 return entry
             self.misses += 1
         return self._add(grid)
+
+    def get_all(self, grids: Sequence[Grid]) -> list[GridPlan]:
+        """As `get`, for every item of a pack."""
+        with self._lock:
+            found = [self._entries.get(grid) for grid in grids]
+            known = [entry for entry in found if entry is not None]
+            if len(known) == len(found):
+                for grid in grids:
+                    self._entries.move_to_end(grid)
+                self.hits += len(found)
+                return known
+        return [self.get(grid) for grid in grids]
 
     def peek(self, grid: Grid) -> GridPlan:
         """As `get`, but counts neither as hit nor as miss."""

@@ -116,13 +116,14 @@ class Planner:
     def _plan(self, grids: Sequence[Grid], split: bool, eager: bool) -> list[Pack]:
         if not grids:
             return []
-        pieces = [Piece(i, grid) for i, grid in enumerate(grids)]
-        sized = [self._sized(grid) for grid in grids]
+        pieces = list(map(Piece, range(len(grids)), grids))
+        sized = [self._sizes.get(grid) or self._sized(grid) for grid in grids]
         if not self._budgets:
             return [Pack((p,), s.counts, None, "no budgets") for p, s in zip(pieces, sized, strict=True)]
-        index = self._smallest(_sum([s.size for s in sized]))
+        size = _sum([s.size for s in sized])
+        index = self._smallest(size)
         if index < len(self._budgets) and not self._cost.splitting_helps(index):
-            return [self._pack(pieces, eager)]
+            return [self._pack_of(pieces, size, sum([s.load for s in sized]), eager)]
         return self._several(pieces, split, eager)
 
     def _several(self, pieces: list[Piece], split: bool, eager: bool) -> list[Pack]:
@@ -156,7 +157,9 @@ class Planner:
 
     def _pack(self, pieces: Sequence[Piece], eager: bool) -> Pack:
         sized = [self._sized(piece.grid) for piece in pieces]
-        size, load = _sum([s.size for s in sized]), sum(s.load for s in sized)
+        return self._pack_of(pieces, _sum([s.size for s in sized]), sum([s.load for s in sized]), eager)
+
+    def _pack_of(self, pieces: Sequence[Piece], size: Size, load: float, eager: bool) -> Pack:
         counts = dict(zip(self._kinds, size, strict=True))
         index = self._cost.cheapest(self._smallest(size), load)
         alone = self._rule.is_long(counts)
