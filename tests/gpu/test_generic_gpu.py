@@ -157,7 +157,7 @@ def test_a_capture_that_fails_is_counted_and_leaves_the_process_as_it_was(
     torch.rand(8, device="cuda").sum().item()  # a capture that never ended would hold the generator
     other, backend = build(CLIP)
     run(backend, on_device(CLIP, other))
-    assert backend.stats.graph_replays == 1
+    assert backend.stats.graph_replays == backend.stats.packs > 0
     backend.release()
 
 
@@ -173,5 +173,5 @@ def test_a_graph_holds_the_attention_of_the_modules_own_forward(monkeypatch: pyt
 
     monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", watched)
     run(backend, on_device(PIXIO, module))
-    assert backend.stats.captured_graphs == 1 and masks and not any(mask is not None for mask in masks)
+    assert backend.stats.captured_graphs and masks and not any(mask is not None for mask in masks)
     backend.release()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -77,16 +78,28 @@ class GraphPool:
                 forward(inputs)
             self._stream.synchronize()
             before = torch.cuda.mem_get_info(self._device)[0]
-            # torch.cuda.graph() would also collect garbage and empty the allocator's cache for every budget.
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
+            with self._captured(graph):
                 copy_outputs(outputs, forward(inputs))
-            finally:
-                graph.capture_end()
         nbytes = max(before - torch.cuda.mem_get_info(self._device)[0], 0)
         self.nbytes += nbytes
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
         return CapturedGraph(graph, outputs, time.perf_counter() - start, nbytes)
+
+    @contextmanager
+    def _captured(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+        """Captures the block; torch.cuda.graph() would also collect garbage and empty the cache of the allocator."""
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        try:
+            yield
+        finally:
+            try:
+                graph.capture_end()
+            except RuntimeError:
+                # An end that fails leaves the generator and the allocator in the capture. A copy of its state is not.
+                generator = torch.cuda.default_generators[self._device.index]
+                generator.graphsafe_set_state(generator.clone_state())
+                torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+                raise
 
 
 def copy_outputs(static: tuple[Tensor, ...], results: Sequence[Tensor]) -> tuple[Tensor, ...]:
