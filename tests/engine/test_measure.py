@@ -6,7 +6,7 @@ import pytest
 
 from vitgraph import EncoderConfig, VisionEncoder
 from vitgraph.core import Grid, fits, sum_counts
-from vitgraph.engine.measure import halving, measure_costs, one_item, usual_items
+from vitgraph.engine.measure import halving, large_items, measure_costs, one_item, usual_items
 from vitgraph.models.registry import families
 from vitgraph.planning.cost import load_of
 from vitgraph.planning.packing import EAGER_IS_FASTER, Planner
@@ -57,9 +57,12 @@ def test_the_model_predicts_what_was_not_timed(encoder: VisionEncoder, seconds: 
     timed = [index for index in dict.fromkeys(gpu.timed[1:]) if cost.measured[index]]
     assert timed == sorted(timed), "ascending: a GPU slows down under load"
     for index, budget in enumerate(encoder.budgets):
-        for grids in ([Grid(1, 8, 8)], usual_items(encoder.spec, budget), one_item(encoder.spec, budget)):
+        for filling in (usual_items, large_items, one_item):
+            grids = filling(encoder.spec, budget)
             load = gpu._load(grids)
             assert cost.replay(index, load) == pytest.approx(gpu.replay(index, grids), rel=0.01)
+        small = [Grid(1, 8, 8)]
+        assert cost.replay(index, gpu._load(small)) == pytest.approx(gpu.replay(index, small), rel=0.01)
     assert cost.eager(128, 0.0) == pytest.approx(LAUNCH, rel=0.05)
 
 

@@ -20,7 +20,7 @@ SECONDS = 0.8
 RUNS_EACH, LEAST_SHARE = 2, 0.1
 """Replays of a budget while it is timed, and the least time of one as a share of the largest budget's."""
 
-USUAL_TOKENS = 100
+USUAL_TOKENS, LARGE_TOKENS = 100, 441
 SLOPE_POINTS = 8
 EAGER_POINTS = 5
 EAGER_RUNS = 2
@@ -113,9 +113,9 @@ def halving(indexes: Sequence[int]) -> Iterator[int]:
             gaps += [(low, middle), (middle, high)]
 
 
-def usual_items(spec: TowerSpec, budget: Budget) -> list[Grid]:
-    """Images of about USUAL_TOKENS tokens each that fill the budget as far as they can."""
-    per_item = max(USUAL_TOKENS, -(-budget.tokens // budget.capacity["item"]))
+def usual_items(spec: TowerSpec, budget: Budget, tokens: int = USUAL_TOKENS) -> list[Grid]:
+    """Images of about this many tokens each that fill the budget as far as they can."""
+    per_item = max(tokens, -(-budget.tokens // budget.capacity["item"]))
     grids: list[Grid] = []
     filled = {"token": 0}
     while filled["token"] < budget.tokens:
@@ -128,6 +128,12 @@ def usual_items(spec: TowerSpec, budget: Budget) -> list[Grid]:
         grids.append(grid)
         filled = more
     return grids
+
+
+def large_items(spec: TowerSpec, budget: Budget) -> list[Grid]:
+    """Images of about LARGE_TOKENS tokens, or one where the budget holds less. Several tell more than one that fills
+    the budget, whose tiles may just not fill the GPU."""
+    return usual_items(spec, budget, LARGE_TOKENS) if budget.tokens >= LARGE_TOKENS else one_item(spec, budget)
 
 
 def one_item(spec: TowerSpec, budget: Budget) -> list[Grid]:
@@ -158,21 +164,19 @@ def _load(spec: TowerSpec, grids: Sequence[Grid]) -> float:
 def _slopes(
     spec: TowerSpec, budgets: Sequence[Budget], times: dict[int, float], loads: dict[int, float], timer: Timer
 ) -> tuple[dict[int, float], dict[int, float]]:
-    """Microseconds per rows^2: one large image against usual ones in the same budget. Then the same for the graphs of
-    packs of one segment, where there are any."""
+    """Microseconds per rows^2: large images against usual ones in the same budget. Then the same for the graphs of
+    packs of one or of long segments, where there are any."""
     slopes: dict[int, float] = {}
     alone: dict[int, float] = {}
     for index in _spaced(sorted(times), SLOPE_POINTS):
-        grids = one_item(spec, budgets[index])
+        grids, one = large_items(spec, budgets[index]), one_item(spec, budgets[index])
         more = _load(spec, grids) - loads[index]
         # A budget of one usual image has no other filling: nothing to learn.
         if more > loads[index]:
-            slopes[index] = max(timer.replay(index, grids) - times[index], 0.0) / more
-            fixed = times[index] - slopes[index] * loads[index]
-            if timer.alone(index):
-                alone[index] = max(timer.replay(index, grids, alone=True) - fixed, 0.0) / _load(spec, grids)
-            else:
-                alone[index] = slopes[index]
+            slopes[index] = alone[index] = max(timer.replay(index, grids) - times[index], 0.0) / more
+            if timer.alone(index) and one:
+                fixed = times[index] - slopes[index] * loads[index]
+                alone[index] = max(timer.replay(index, one, alone=True) - fixed, 0.0) / _load(spec, one)
     differs = any(timer.alone(index) for index in alone)
     return _smooth(slopes) or {next(iter(times)): 0.0}, _smooth(alone) if differs else {}
 
