@@ -33,7 +33,7 @@ def row(encoder: VisionEncoder) -> dict[str, float]:
 
 def main() -> None:
     chosen = arguments(__doc__, geometry="qwen3-vl-8b")
-    make = partial(make_encoder, chosen.geometry, max_tokens=MOST_TOKENS)
+    make = partial(make_encoder, chosen.geometry, max_tokens=MOST_TOKENS, measure=False)
     rows = []
     print(f"{'':26}" + "".join(f"{text:>10}" for text in WORKLOADS))
     for added in range(len(ORDER) + 1):
