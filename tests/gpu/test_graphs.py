@@ -364,3 +364,35 @@ def test_the_fast_handle_of_the_current_stream_is_the_public_one() -> None:
     for stream in (torch.cuda.default_stream(), torch.cuda.Stream(), torch.cuda.Stream()):
         with torch.cuda.stream(stream):
             assert current_handle(device) == stream.cuda_stream
+
+
+@pytest.mark.parametrize("pinned", [True, False], ids=["pinned", "pageable"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_on_the_host_may_be_overwritten_when_the_call_returns(
+    pinned: bool, dtype: torch.dtype, monkeypatch
+) -> None:
+    # Several parts for the rows that are staged.
+    monkeypatch.setattr("vitgraph.engine.slots.CHUNK_BYTES", 4096)
+    with make("qwen3_vl") as encoder:
+        grids = [(1, 20, 24), (1, 8, 8), (1, 20, 24)]
+        batches = [pixels(encoder, grids, seed).to("cpu", dtype) for seed in range(10)]
+        rows = torch.empty_like(batches[0], pin_memory=pinned)
+        queued = []
+        for x in batches:
+            rows.copy_(x)
+            queued.append(encoder.encode_patches(rows, grids))
+            rows.fill_(float("nan"))
+        for x, got in zip(batches, queued, strict=True):
+            want = encoder.encode_patches(x.cuda(), grids, mode="padded")
+            assert all(torch.equal(g.tokens, w.tokens) for g, w in zip(got, want, strict=True))
+
+
+def test_rows_from_the_host_and_the_device_mix() -> None:
+    with make("qwen3_vl") as encoder:
+        grids = [Grid(1, 8, 8), Grid(1, 4, 6), Grid(1, 4, 4)]
+        on_device = list(pixels(encoder, grids, 0).split([grid.patches for grid in grids]))
+        mixed = [on_device[0].cpu().pin_memory(), on_device[1], on_device[2].cpu()]
+        want = encoder.engine.run(on_device, grids, "padded")
+        for _ in range(3):
+            got = encoder.engine.run(mixed, grids)
+            assert all(torch.equal(g[0], w[0]) for g, w in zip(got, want, strict=True))

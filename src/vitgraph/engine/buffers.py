@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from itertools import accumulate
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch import Tensor
 from vitgraph.attention.base import Segments, VarlenAttention, tile_bound, write_tiles
 from vitgraph.core import Counts
 from vitgraph.engine.blocks import KeptBlock
+from vitgraph.engine.slots import StagingSlot
 from vitgraph.models.contract import BufferSpec, TowerBuffers, TowerSpec
 from vitgraph.planning.metadata import GridPlan
 
@@ -157,66 +157,6 @@ def offset_kind(spec: TowerSpec, name: str) -> str:
     buffer = next(b for b in spec.buffers if b.name == name)
     assert buffer.offset is not None, f"{name} holds attention offsets, so it must declare what they count"
     return buffer.offset
-
-
-class StagingSlot:
-    """One host copy of what travels to the device, pinned for CUDA, and the event after its last transfer.
-
-    Pixel rows are made when the first ones come from the host.
-
-    Args:
-        nbytes: of the metadata block.
-        pixel_shape, dtype: of the pixel rows.
-        device: that reads it.
-    """
-
-    def __init__(self, nbytes: int, pixel_shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
-        self._pinned = device.type == "cuda"
-        self.block = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=self._pinned)
-        self.bytes = self.block.numpy()
-        self.event = torch.cuda.Event() if self._pinned else None
-        self._pixel_shape, self._dtype, self._device = pixel_shape, dtype, device
-        self._parts: dict[MetadataLayout, tuple[Tensor, dict[str, np.ndarray]]] = {}
-
-    @cached_property
-    def pixels(self) -> Tensor:
-        """`[P, patch_width]` on the host."""
-        return torch.empty(self._pixel_shape, dtype=self._dtype, pin_memory=self._pinned)
-
-    @cached_property
-    def copies(self) -> torch.cuda.Stream:
-        """Where pixel rows travel, beside the replays."""
-        return torch.cuda.Stream(self._device)
-
-    @cached_property
-    def landing(self) -> Tensor:
-        """`[P, patch_width]` on the device: rows arrive here while a replay still reads the static ones."""
-        landing = torch.empty(self._pixel_shape, dtype=self._dtype, device=self._device)
-        # Its memory may have been freed by something that still runs on the current stream.
-        self.copies.wait_stream(torch.cuda.current_stream(self._device))
-        return landing
-
-    @property
-    def device_bytes(self) -> int:
-        """Device memory that it holds."""
-        landing = self.__dict__.get("landing")
-        return 0 if landing is None else landing.nbytes
-
-    def part(self, layout: MetadataLayout) -> tuple[Tensor, dict[str, np.ndarray]]:
-        """The part of the block that one layout takes: its bytes, and the same as buffers."""
-        if layout not in self._parts:
-            self._parts[layout] = self.block[: layout.nbytes], layout.arrays(self.bytes)
-        return self._parts[layout]
-
-    def record(self, stream: torch.cuda.Stream | None) -> None:
-        """Notes that everything read from here has been queued on the stream."""
-        if self.event is not None:
-            self.event.record(stream)
-
-    def wait(self) -> None:
-        """Until the device has read what was written here last."""
-        if self.event is not None:
-            self.event.synchronize()
 
 
 class Arena:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from vitgraph.engine.buffers import StagingSlot
+from vitgraph.engine.slots import StagingSlot
 
 PieceRows = Tensor
 """`[P_i, patch_width]` rows of one piece, or of several that follow each other, a view of the caller's memory."""
@@ -16,34 +15,30 @@ PieceRows = Tensor
 def copy_rows(target: Tensor, pieces: Sequence[PieceRows], slot: StagingSlot | None) -> None:
     """Copies pieces one after another into the first rows of `target`, casting to its dtype.
 
-    Rows on the target's device are copied directly, adjacent pieces in one copy. Host rows are cast into the slot's
-    pinned rows; from there they go to rows of the slot on the device, on a stream of their own, so that the transfer
-    overlaps the replay before, and then in stream order into `target`.
+    Rows on the target's device are copied directly, adjacent pieces in one copy. Host rows go through the slot to rows
+    of its own on the device, on a stream of their own, so that the transfer overlaps the replay before, and then in
+    stream order into `target`.
 
     Args:
         target: `[P, patch_width]` on the device.
         pieces: in row order; together at most P rows.
-        slot: has room for them, in the target's dtype; None when no piece is on the host.
+        slot: has room for them, in the target's dtype; None when no piece is on the host. Its `return_rows` must be
+            called before the caller gets control back.
     """
     row = 0
+    from_host: list[tuple[int, Tensor]] = []
     for run in _adjacent(pieces):
-        end = row + run.shape[0]
         if run.device == target.device:
-            target[row:end].copy_(run, non_blocking=True)
+            target[row : row + run.shape[0]].copy_(run, non_blocking=True)
         else:
-            assert slot is not None, "rows on the host need a staging slot"
-            _send(target[row:end], run, slot, row)
-        row = end
-
-
-def _send(target: Tensor, run: Tensor, slot: StagingSlot, row: int) -> None:
-    staged = slot.pixels[row : row + run.shape[0]]
-    staged.copy_(run)
-    landed = slot.landing[row : row + run.shape[0]]
-    with torch.cuda.stream(slot.copies):
-        landed.copy_(staged, non_blocking=True)
-    torch.cuda.current_stream(target.device).wait_stream(slot.copies)
-    target.copy_(landed, non_blocking=True)
+            from_host.append((row, run))
+        row += run.shape[0]
+    if from_host:
+        assert slot is not None, "rows on the host need a staging slot"
+        landing = slot.send(from_host)
+        for row, run in from_host:
+            rows = slice(row, row + run.shape[0])
+            target[rows].copy_(landing[rows], non_blocking=True)
 
 
 def _adjacent(pieces: Sequence[PieceRows]) -> list[Tensor]:

@@ -99,9 +99,12 @@ class PackRunner:
         layout = MetadataLayout(self._spec, total, self._attention)
         arena = Arena(self._spec, total, layout.nbytes, self._device, self._dtype)
         buffers = StaticBuffers.create(self._spec, total, layout, arena)
-        self._staging.fill(buffers, grids, pixels)
-        inputs = buffers.inputs_of(self._spec.is_long(total))
-        return self._forward(self._staging.uncaptured(inputs, grids))
+        try:
+            self._staging.fill(buffers, grids, pixels)
+            inputs = buffers.inputs_of(self._spec.is_long(total))
+            return self._forward(self._staging.uncaptured(inputs, grids))
+        finally:
+            self._staging.return_rows()
 
     def prepare(self, pack: Pack, planner: Planner) -> PreparedReplay | None:
         """All that `replay` needs, where the pack's metadata is kept on the device and its budget has its graph.
@@ -165,6 +168,7 @@ class PackRunner:
             outputs = tuple([output.clone() for output in prepared.outputs])
         finally:
             self._order.leave(stream)
+            self._staging.return_rows()
         pack, items = prepared.pack, len(prepared.spans)
         prepared.metadata.used = True
         self._staging.grids.count_hits(items)
@@ -190,6 +194,7 @@ class PackRunner:
             return tuple([output.clone() for output in self._filled(buffers, pack)])
         finally:
             self._order.leave(stream)
+            self._staging.return_rows()
 
     @torch.no_grad()
     def _run_static(self, buffers: StaticBuffers, alone: bool, grids: Sequence[Grid]) -> None:

@@ -12,6 +12,7 @@ from vitgraph.core import Grid, Pack
 from vitgraph.engine.blocks import BlockCache, KeptBlock
 from vitgraph.engine.buffers import Arena, StaticBuffers, with_lengths
 from vitgraph.engine.pixels import PieceRows, copy_rows
+from vitgraph.engine.slots import StagingSlot
 from vitgraph.errors import PatchError
 from vitgraph.models.contract import Tower, TowerBuffers
 from vitgraph.planning.metadata import MetadataCache
@@ -34,6 +35,7 @@ class Staging:
         self.metadata_is_only_read = True
         """False once a forward was seen to write to its metadata: what lies there is then written for every run."""
         self._spec, self._device = tower.spec, device
+        self._sent: StagingSlot | None = None
 
     def warm(self, grids: Iterable[Grid] | None) -> None:
         """Computes the metadata of grids ahead of their first use; default: square images of usual sizes."""
@@ -101,9 +103,19 @@ class Staging:
         """
         from_host = any(rows.device != self._device for rows in pixels)
         slot = arena.next_slot() if from_host else None
-        copy_rows(target, pixels, slot)
+        self._copy_rows(target, pixels, slot)
         if slot is not None:
             slot.record(stream)
+
+    def _copy_rows(self, target: Tensor, pixels: Sequence[PieceRows], slot: StagingSlot | None) -> None:
+        self._sent = slot
+        copy_rows(target, pixels, slot)
+
+    def return_rows(self) -> None:
+        """Until the device has read what was sent from the caller's own memory; called before a run returns."""
+        if self._sent is not None:
+            self._sent.return_rows()
+            self._sent = None
 
     def fill(
         self,
@@ -124,7 +136,7 @@ class Staging:
         buffers.layout.write(arrays, self.grids.get_all(grids))
         buffers.arena.holds = None
         buffers.block.copy_(staged, non_blocking=True)
-        copy_rows(buffers.inputs.pixel_values, pixels, slot)
+        self._copy_rows(buffers.inputs.pixel_values, pixels, slot)
         slot.record(stream)
 
     def uncaptured(self, inputs: TowerBuffers, grids: Sequence[Grid]) -> TowerBuffers:

@@ -1,0 +1,119 @@
+"""Staging slots: pinned host memory through which metadata and pixel rows travel to the device."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from vitgraph.engine.buffers import MetadataLayout
+
+CHUNK_BYTES = 4 << 20
+"""Rows are staged and sent in parts of about this size: one travels while the next is staged."""
+
+
+class StagingSlot:
+    """One host copy of what travels to the device, pinned for CUDA, and the event after its last transfer.
+
+    Pixel rows are made when the first ones come from the host.
+
+    Args:
+        nbytes: of the metadata block.
+        pixel_shape, dtype: of the pixel rows.
+        device: that reads it.
+    """
+
+    def __init__(self, nbytes: int, pixel_shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+        self._pinned = device.type == "cuda"
+        self.block = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=self._pinned)
+        self.bytes = self.block.numpy()
+        self.event = torch.cuda.Event() if self._pinned else None
+        self._lent = False
+        self._pixel_shape, self._dtype, self._device = pixel_shape, dtype, device
+        self._parts: dict[MetadataLayout, tuple[Tensor, dict[str, np.ndarray]]] = {}
+
+    @cached_property
+    def pixels(self) -> Tensor:
+        """`[P, patch_width]` on the host."""
+        return torch.empty(self._pixel_shape, dtype=self._dtype, pin_memory=self._pinned)
+
+    @cached_property
+    def _copies(self) -> torch.cuda.Stream:
+        """Where pixel rows travel, beside the replays."""
+        return torch.cuda.Stream(self._device)
+
+    @cached_property
+    def _arrived(self) -> torch.cuda.Event:
+        """After the last rows that were sent."""
+        return torch.cuda.Event()
+
+    @cached_property
+    def _landing(self) -> Tensor:
+        """`[P, patch_width]` on the device: rows arrive here while a replay still reads the static ones."""
+        landing = torch.empty(self._pixel_shape, dtype=self._dtype, device=self._device)
+        # Its memory may have been freed by something that still runs on the current stream.
+        self._copies.wait_stream(torch.cuda.current_stream(self._device))
+        return landing
+
+    @property
+    def device_bytes(self) -> int:
+        """Device memory that it holds."""
+        landing = self.__dict__.get("_landing")
+        return 0 if landing is None else landing.nbytes
+
+    def part(self, layout: MetadataLayout) -> tuple[Tensor, dict[str, np.ndarray]]:
+        """The part of the block that one layout takes: its bytes, and the same as buffers."""
+        if layout not in self._parts:
+            self._parts[layout] = self.block[: layout.nbytes], layout.arrays(self.bytes)
+        return self._parts[layout]
+
+    def send(self, runs: list[tuple[int, Tensor]]) -> Tensor:
+        """Sends rows from the host, and lets the current stream wait for them.
+
+        Rows that are pinned and of the right dtype travel from the caller's memory; `return_rows` waits until they
+        have been read. Others are cast into pinned rows first.
+
+        Args:
+            runs: first row and `[P_i, patch_width]`; not empty.
+
+        Returns:
+            `[P, patch_width]` on the device, the rows in their places.
+        """
+        landing = self._landing
+        with torch.cuda.stream(self._copies):
+            for row, run in runs:
+                self._send(landing[row : row + run.shape[0]], run, row)
+            self._arrived.record(self._copies)
+        torch.cuda.current_stream(self._device).wait_event(self._arrived)
+        return landing
+
+    def _send(self, landed: Tensor, run: Tensor, row: int) -> None:
+        if run.dtype == self._dtype and run.is_contiguous() and run.is_pinned():
+            self._lent = True
+            landed.copy_(run, non_blocking=True)
+            return
+        staged = self.pixels[row : row + run.shape[0]]
+        rows = max(1, CHUNK_BYTES // (staged.stride(0) * staged.element_size()))
+        for part, source, target in zip(staged.split(rows), run.split(rows), landed.split(rows), strict=True):
+            part.copy_(source)
+            target.copy_(part, non_blocking=True)
+
+    def return_rows(self) -> None:
+        """Until the device has read the rows that were sent from the caller's own memory."""
+        if self._lent:
+            self._lent = False
+            self._arrived.synchronize()
+
+    def record(self, stream: torch.cuda.Stream | None) -> None:
+        """Notes that everything read from here has been queued on the stream."""
+        if self.event is not None:
+            self.event.record(stream)
+
+    def wait(self) -> None:
+        """Until the device has read what was written here last."""
+        if self.event is not None:
+            self.event.synchronize()

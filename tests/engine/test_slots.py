@@ -1,0 +1,22 @@
+"""Rows from the host on their way through a staging slot."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vitgraph.engine.slots import StagingSlot
+
+
+@pytest.mark.parametrize("chunk", [1, 48, 1 << 20], ids=["a row", "a few rows", "all rows"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_rows_are_staged_part_by_part_in_the_dtype_of_the_slot(chunk: int, dtype: torch.dtype, monkeypatch) -> None:
+    monkeypatch.setattr("vitgraph.engine.slots.CHUNK_BYTES", chunk)
+    slot = StagingSlot(16, (12, 4), torch.float32, torch.device("cpu"))
+    landing = torch.full((12, 4), -1.0)
+    rows = torch.randn(7, 4).to(dtype)
+    slot._send(landing[3:10], rows, 3)
+    assert torch.equal(landing[3:10], rows.float())
+    assert torch.equal(slot.pixels[3:10], rows.float())
+    assert (landing[:3] == -1).all() and (landing[10:] == -1).all()
+    slot.return_rows()  # staged rows were not lent: nothing to wait for
