@@ -75,3 +75,12 @@ def test_flops_of_the_tower_as_counted_by_hand() -> None:
     per_token = (1 + taps) * (4 * dim * 4 * dim + 4 * dim * out)
     assert linear == 2 * (64 * per_row + 16 * per_token)
     assert attention == layers * 4 * 64**2 * dim
+
+
+def test_new_batches_of_the_host_path_differ_and_fit() -> None:
+    host_path = importlib.import_module("host_path")
+    for items in host_path.ITEMS:
+        batches = host_path.fresh_batches(items)
+        assert len({tuple(grids) for grids in batches}) == len(batches) == host_path.WARMUP + host_path.RUNS
+        assert {len(grids) for grids in batches} == {items}
+        assert max(sum(grid.patches for grid in grids) for grids in batches) <= host_path.MOST_PATCHES
