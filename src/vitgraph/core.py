@@ -95,7 +95,7 @@ class VisionEmbedding:
         made = object.__new__(cls)
         fields = made.__dict__
         fields["grid"] = grid
-        fields["_source"] = levels, first, rows
+        fields["_source"], fields["_first"], fields["_rows"] = levels, first, rows
         return made
 
     if not TYPE_CHECKING:
@@ -104,11 +104,10 @@ class VisionEmbedding:
             # Asked for what the instance lacks: fields that have not been made yet.
             if name not in ("tokens", "deepstack") or "_source" not in self.__dict__:
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-            levels, first, rows = self.__dict__["_source"]
-            if name == "tokens":
-                view = levels[0].narrow(0, first, rows)
-            else:
-                view = levels[1:].narrow(1, first, rows) if levels.shape[0] > 1 else None
+            levels, rows = self._source, slice(self._first, self._first + self._rows)
+            view = None
+            if name == "tokens" or levels.shape[0] > 1:
+                view = levels[0, rows] if name == "tokens" else levels[1:, rows]
             # Threads that ask at the same time get the same view.
             return self.__dict__.setdefault(name, view)
 

@@ -318,3 +318,15 @@ def test_items_of_the_engine_come_the_same_from_a_prepared_replay(replays: list)
         by_item = encoder.engine.run(list(x.split([64, 16])), grids)
         assert torch.equal(by_item[1][0], want[1][0])
     assert replays
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["made outside", "made inside"])
+def test_inference_mode_may_begin_and_end_between_calls(first: bool, replays: list) -> None:
+    encoder, grids = make(), [(1, 8, 8), (1, 2, 2)]
+    x = rows_of(encoder, grids)
+    want = encoder.encode_patches(x, grids, mode="padded")  # the static buffers are made outside
+    for turn in range(6):
+        with torch.inference_mode((turn < 3) == first):
+            got = encoder.encode_patches(x, grids)
+            assert same(got, want)
+    assert len(replays) == 5
