@@ -103,7 +103,9 @@ class Engine:
                 return
             self.warm_metadata()
             self._order.synchronize()
+            stream = self._order.enter()
             self.ladder.capture(progress)
+            self._order.leave(stream)
             budgets = len(self.budgets)
             if self.config.measure and self.ladder.graphs:
                 if progress:
