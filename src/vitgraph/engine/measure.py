@@ -20,7 +20,7 @@ SECONDS = 0.8
 RUNS_EACH, LEAST_SHARE = 2, 0.1
 """Replays of a budget while it is timed, and the least time of one as a share of the largest budget's."""
 
-USUAL_TOKENS, LARGE_TOKENS = 100, 441
+USUAL_TOKENS, LARGE_TOKENS = 100, (441, 1024)
 SLOPE_POINTS = 8
 EAGER_POINTS = 5
 EAGER_RUNS = 2
@@ -56,13 +56,21 @@ def measure_costs(
         timer: runs and times.
         seconds: for the replays.
     """
+    longest = timer.replay(captured[-1], usual_items(spec, budgets[captured[-1]]))
+    order = _worth_timing(captured, [budget.tokens for budget in budgets], longest / 1e6, seconds)
+    probed = set(_spaced(order, SLOPE_POINTS))
     times: dict[int, float] = {}
     loads: dict[int, float] = {}
-    longest = timer.replay(captured[-1], usual_items(spec, budgets[captured[-1]]))
-    for index in _worth_timing(captured, [budget.tokens for budget in budgets], longest / 1e6, seconds):
+    slopes: dict[int, float] = {}
+    alone: dict[int, float] = {}
+    for index in order:
         grids = usual_items(spec, budgets[index])
         times[index], loads[index] = timer.replay(index, grids), _load(spec, grids)
-    slopes, alone = _slopes(spec, budgets, times, loads, timer)
+        # At once, before the clock drifts: a slope is a small difference of two times.
+        found = _slopes(spec, budgets[index], index, times[index], loads[index], timer) if index in probed else None
+        if found:
+            slopes[index], alone[index] = found
+    slopes, alone = _smooth(slopes) or {order[0]: 0.0}, _smooth(alone)
     rows = np.array([budget.capacity["patch"] for budget in budgets])
     slope = _spread(rows, slopes)
     fixed = _spread(rows, {i: max(times[i] - slope[i] * loads[i], 0.0) for i in times})
@@ -74,7 +82,7 @@ def measure_costs(
     return CostModel(
         fixed=tuple(map(float, fixed)),
         slope=tuple(map(float, slope)),
-        alone_slope=tuple(map(float, _spread(rows, alone))) if alone else (),
+        alone_slope=tuple(map(float, _spread(rows, alone))) if any(map(timer.alone, alone)) else (),
         rows=tuple(map(int, rows)),
         eager_rows=tuple(eager_rows),
         eager_time=tuple(eager_time),
@@ -131,9 +139,10 @@ def usual_items(spec: TowerSpec, budget: Budget, tokens: int = USUAL_TOKENS) -> 
 
 
 def large_items(spec: TowerSpec, budget: Budget) -> list[Grid]:
-    """Images of about LARGE_TOKENS tokens, or one where the budget holds less. Several tell more than one that fills
-    the budget, whose tiles may just not fill the GPU."""
-    return usual_items(spec, budget, LARGE_TOKENS) if budget.tokens >= LARGE_TOKENS else one_item(spec, budget)
+    """As large images as LARGE_TOKENS lists and the budget holds, or one that fills it. Several tell more than one,
+    whose tiles may just not fill the GPU."""
+    fitting = [tokens for tokens in LARGE_TOKENS if tokens <= budget.tokens]
+    return usual_items(spec, budget, max(fitting)) if fitting else one_item(spec, budget)
 
 
 def one_item(spec: TowerSpec, budget: Budget) -> list[Grid]:
@@ -162,23 +171,26 @@ def _load(spec: TowerSpec, grids: Sequence[Grid]) -> float:
 
 
 def _slopes(
-    spec: TowerSpec, budgets: Sequence[Budget], times: dict[int, float], loads: dict[int, float], timer: Timer
-) -> tuple[dict[int, float], dict[int, float]]:
-    """Microseconds per rows^2: large images against usual ones in the same budget. Then the same for the graphs of
-    packs of one or of long segments, where there are any."""
-    slopes: dict[int, float] = {}
-    alone: dict[int, float] = {}
-    for index in _spaced(sorted(times), SLOPE_POINTS):
-        grids, one = large_items(spec, budgets[index]), one_item(spec, budgets[index])
-        more = _load(spec, grids) - loads[index]
-        # A budget of one usual image has no other filling: nothing to learn.
-        if more > loads[index]:
-            slopes[index] = alone[index] = max(timer.replay(index, grids) - times[index], 0.0) / more
-            if timer.alone(index) and one:
-                fixed = times[index] - slopes[index] * loads[index]
-                alone[index] = max(timer.replay(index, one, alone=True) - fixed, 0.0) / _load(spec, one)
-    differs = any(timer.alone(index) for index in alone)
-    return _smooth(slopes) or {next(iter(times)): 0.0}, _smooth(alone) if differs else {}
+    spec: TowerSpec, budget: Budget, index: int, usual: float, usual_load: float, timer: Timer
+) -> tuple[float, float] | None:
+    """Microseconds per rows^2: large images against usual ones in the same budget. Then the same for its graph for
+    packs of one or of long segments, if it has one. None where the budget holds one usual image: nothing to learn.
+
+    Args:
+        spec: of the tower.
+        budget, index: the budget.
+        usual, usual_load: time and load of usual images in it.
+        timer: runs and times.
+    """
+    grids, one = large_items(spec, budget), one_item(spec, budget)
+    more = _load(spec, grids) - usual_load
+    if more <= usual_load:
+        return None
+    slope = max(timer.replay(index, grids) - usual, 0.0) / more
+    if not (timer.alone(index) and one):
+        return slope, slope
+    fixed = usual - slope * usual_load
+    return slope, max(timer.replay(index, one, alone=True) - fixed, 0.0) / _load(spec, one)
 
 
 def _smooth(points: dict[int, float]) -> dict[int, float]:
