@@ -3,8 +3,8 @@
     python benchmarks/host_path.py [--geometry qwen3-vl-8b] [--json FILE]
 
 Needs a CUDA device. Medians over calls of one batch that came before (`known`), and of batches of known sizes that come
-for the first time (`new`), with the GPU idle (synchronised before each call) and busy (a few calls in flight). `before`
-is plan, metadata, staging, pixel copy and event guard; `launch` the driver's graph launch; `after` the copies of the
+for the first time (`new`), with the GPU idle (each call waits for the one before) and busy (a few calls in flight).
+`before` is plan, metadata, staging, pixel copy and event guard; `launch` the driver's graph launch; `after` the copies of the
 results and their split, while the GPU already works. Then the launch alone, for a few budgets. Random weights.
 """
 
@@ -29,7 +29,7 @@ ITEMS = (1, 2, 4, 8, 20, 64)
 PLACES = ("device", "pinned", "pageable")
 HOST_ITEMS = 8
 LAUNCHED_TOKENS = (64, 256, 1024, 4096)
-MOST_PATCHES = 16384
+MOST_PATCHES = 8192
 RUNS, WARMUP, IN_FLIGHT = 60, 5, 3
 
 Call = tuple[torch.Tensor, list[Grid]]
@@ -53,16 +53,20 @@ def paced(calls: Iterable[Callable[[], object]], busy: bool) -> Iterator[tuple[f
     """Start and end of each call, seconds, on an idle GPU or with a few calls before it in flight."""
     in_flight: deque[torch.cuda.Event] = deque()
     for call in calls:
-        if not busy:
-            torch.cuda.synchronize()
-        elif len(in_flight) == IN_FLIGHT:
-            in_flight.popleft().synchronize()
+        while len(in_flight) > (IN_FLIGHT - 1 if busy else 0):
+            _wait(in_flight.popleft())
         start = time.perf_counter()
         call()
         end = time.perf_counter()
         in_flight.append(torch.cuda.Event())
         in_flight[-1].record()
         yield start, end
+
+
+def _wait(event: torch.cuda.Event) -> None:
+    """Until the event has come. A blocked thread would find cold caches, and be timed on them."""
+    while not event.query():
+        pass
 
 
 def side_of(items: int) -> int:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from attention_cases import check, interpreted_loops, make_qkv, make_segments
+from vitgraph.attention import auto
 from vitgraph.attention.kernel_configs import (
     CANDIDATES,
     CLASSES,
@@ -91,6 +92,13 @@ def test_trial_packs_fill_their_buffers() -> None:
         assert segments.max_seqlen == max(lengths) and segments.alone == (len(lengths) == 1)
     assert usual_lengths(256) == [256]
     assert nearest_class(5000, CLASSES) == 4096
+    assert [nearest_class(rows, auto.CLASSES) for rows in (100, 2304, 2700, 3000, 50000)] == [
+        512,
+        2304,
+        3072,
+        3072,
+        16384,
+    ]
 
 
 @interpreted_loops

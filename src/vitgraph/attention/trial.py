@@ -82,5 +82,5 @@ def segments_of(lengths: Sequence[int], block: int, device: torch.device) -> Seg
 
 
 def nearest_class(rows: int, classes: Sequence[int]) -> int:
-    """The class whose size in powers of two is nearest."""
-    return min(classes, key=lambda known: abs(known.bit_length() - rows.bit_length()))
+    """The class that is nearest as a ratio."""
+    return min(classes, key=lambda known: max(known, rows) / max(min(known, rows), 1))
