@@ -4,8 +4,8 @@
 
 Needs a CUDA device. Medians over calls of one batch that came before (`known`), and of batches of known sizes that come
 for the first time (`new`), with the GPU idle (each call waits for the one before) and busy (a few calls in flight).
-`before` is plan, metadata, staging, pixel copy and event guard; `launch` the driver's graph launch; `after` the copies of the
-results and their split, while the GPU already works. Then the launch alone, for a few budgets. Random weights.
+`before` is plan, metadata, staging, pixel copy and event guard; `launch` the driver's graph launch; `after` the copies
+of the results and their split, while the GPU already works. Then the launch alone, for a few budgets. Random weights.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def main() -> None:
         encoder.capture(progress=False)
         alone = [launch_line(encoder, tokens, busy) for tokens in LAUNCHED_TOKENS for busy in (False, True)]
         launches: Launches = []
-        for graphs in (encoder.engine.ladder.graphs, encoder.engine.ladder.alone):
+        for graphs in (encoder.engine.ladder.graphs, encoder.engine.ladder.long):
             for index, graph in list(graphs.items()):
                 graphs[index] = Watched(graph, launches)  # type: ignore[assignment]
         kinds = [(n, "device", fresh) for n in ITEMS for fresh in (False, True)]

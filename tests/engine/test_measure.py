@@ -12,7 +12,7 @@ from vitgraph.planning.cost import load_of
 from vitgraph.planning.packing import EAGER_IS_FASTER, Planner
 
 FLOOR, RATE, SLOPE, LAUNCH = 900.0, 2.0, 3e-4, 8000.0
-ALONE = 0.8
+LONG = 0.8
 
 
 class FakeGpu:
@@ -21,15 +21,15 @@ class FakeGpu:
     def __init__(self, encoder: VisionEncoder) -> None:
         self.spec, self.budgets = encoder.spec, encoder.budgets
         self.timed: list[int] = []
-        self.has_alone = False
+        self.has_long = False
 
-    def alone(self, budget: int) -> bool:
-        return self.has_alone
+    def long(self, budget: int) -> bool:
+        return self.has_long
 
-    def replay(self, budget: int, grids: list[Grid], alone: bool = False) -> float:
+    def replay(self, budget: int, grids: list[Grid], long: bool = False) -> float:
         self.timed.append(budget)
         assert fits(self._counts(grids), self.budgets[budget].capacity)
-        slope = SLOPE * (ALONE if alone else 1)
+        slope = SLOPE * (LONG if long else 1)
         return FLOOR + RATE * self.budgets[budget].capacity["patch"] + slope * self._load(grids)
 
     def eager(self, grids: list[Grid]) -> float:
@@ -68,14 +68,14 @@ def test_the_model_predicts_what_was_not_timed(encoder: VisionEncoder, seconds: 
 
 def test_packs_of_one_segment_have_a_slope_of_their_own(encoder: VisionEncoder) -> None:
     gpu = FakeGpu(encoder)
-    gpu.has_alone = True
+    gpu.has_long = True
     cost = measure_costs(encoder.spec, encoder.budgets, range(len(encoder.budgets)), gpu, 10.0)
     for index in (-1, 20, 5):
         index %= len(encoder.budgets)
         grids = one_item(encoder.spec, encoder.budgets[index])
         load = gpu._load(grids)
         assert cost.replay(index, load) == pytest.approx(gpu.replay(index, grids), rel=0.01)
-        assert cost.replay(index, load, alone=True) == pytest.approx(gpu.replay(index, grids, alone=True), rel=0.01)
+        assert cost.replay(index, load, long=True) == pytest.approx(gpu.replay(index, grids, long=True), rel=0.01)
     largest = encoder.budgets[-1]
     packs = Planner(encoder.spec, encoder.budgets, cost).plan(one_item(encoder.spec, largest))
     predicted = Planner(encoder.spec, encoder.budgets, cost).predicted(packs)

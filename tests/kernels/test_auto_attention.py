@@ -94,7 +94,7 @@ def test_a_gain_within_the_margin_is_no_reason(caplog) -> None:
     attention = AutoAttention(own, [other], CPU, torch.float32)
     save_times(attention._key(2, 8), times)
     attention(*torch.randn(8, 3, 2, 8).unbind(1), make_segments(8, [8], 0), 1.0)
-    assert not attention.alone(16384)
+    assert not attention.long(16384)
 
 
 def test_choices_are_kept_on_disk_and_measured_once(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_choices_are_kept_on_disk_and_measured_once(tmp_path: Path) -> None:
 
     again = AutoAttention(own, [other], CPU, torch.float32, never)
     again(*qkv.unbind(1), segments, 1.0)
-    assert again.alone(1024) and not again.alone(512)
+    assert again.long(1024) and not again.long(512)
     assert cache_folder() == tmp_path
     (entry,) = json.loads((tmp_path / "attention.json").read_text()).values()
     assert entry["1024"] == {"triton": 100.0, "other": 50.0}
@@ -129,7 +129,7 @@ def test_a_backend_that_refuses_a_shape_is_left_out(caplog) -> None:
     attention._measure = lambda rows, heads, dim: AutoAttention._measure(attention, 64, heads, dim)  # type: ignore
     attention(*torch.randn(8, 3, 2, 8).unbind(1), make_segments(8, [8], 0), 1.0)
     assert "no such head dim" in caplog.text
-    assert not attention.alone(16384)
+    assert not attention.long(16384)
 
 
 def test_the_engine_runs_both_forms(monkeypatch) -> None:

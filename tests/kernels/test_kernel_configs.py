@@ -89,7 +89,7 @@ def test_trial_packs_fill_their_buffers() -> None:
         lengths = usual_lengths(rows)
         assert sum(lengths) == rows and min(lengths) > 0
         segments = segments_of(lengths, 64, CPU)
-        assert segments.max_seqlen == max(lengths) and segments.alone == (len(lengths) == 1)
+        assert segments.max_seqlen == max(lengths) and segments.long == (len(lengths) == 1)
     assert usual_lengths(256) == [256]
     assert nearest_class(5000, CLASSES) == 4096
     assert [nearest_class(rows, auto.CLASSES) for rows in (100, 2304, 2700, 3000, 50000)] == [

@@ -30,7 +30,7 @@ class OptionalBackend(VarlenAttention, Protocol):
 
 
 class AutoAttention:
-    """Our kernel, and others for packs of one segment, or of long ones: `Segments.alone`.
+    """Our kernel, and others for packs of one segment, or of long ones: `Segments.long`.
 
     The first call outside a capture measures, once per GPU, versions, heads, head dim and dtype; the result is kept on
     disk. Segment lengths that were not measured take the choice of the nearest one.
@@ -64,7 +64,7 @@ class AutoAttention:
         """Lets our kernel choose its configurations."""
         tune(self.own, heads, head_dim, device, dtype)
 
-    def alone(self, rows: int) -> bool:
+    def long(self, rows: int) -> bool:
         """Whether packs of one or of long segments in a buffer of this many rows have a backend of their own."""
         return self._choice(rows) is not self.own
 
@@ -74,7 +74,7 @@ class AutoAttention:
             return self.own(q, k, v, segments, scale)
         if not self._chosen and not torch.cuda.is_current_stream_capturing():
             self._choose(q.shape[1], q.shape[2])
-        backend = self._choice(q.shape[0]) if segments.alone else self.own
+        backend = self._choice(q.shape[0]) if segments.long else self.own
         return backend(q, k, v, segments, scale)
 
     def describe(self) -> str:

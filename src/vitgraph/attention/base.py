@@ -21,7 +21,7 @@ class Segments:
             graph must not depend on them.
         tiles: `[tiles, 4]` int32 tile schedule on the device, for backends that ask for one.
         block: query rows of one tile of that schedule.
-        alone: whether there is never more than one segment, or only long ones.
+        long: whether there is never more than one segment, or only long ones.
     """
 
     cu_seqlens: Tensor
@@ -29,7 +29,7 @@ class Segments:
     lengths: tuple[int, ...] | None = None
     tiles: Tensor | None = None
     block: int = 0
-    alone: bool = False
+    long: bool = False
 
 
 class VarlenAttention(Protocol):
@@ -58,8 +58,8 @@ def tune(attention: VarlenAttention, heads: int, head_dim: int, device: torch.de
 
 def has_own_graph(attention: VarlenAttention, rows: int) -> bool:
     """Whether packs of one or of long segments in a buffer of `rows` rows run another kernel than the others."""
-    alone = getattr(attention, "alone", None)
-    return alone is not None and alone(rows)
+    long = getattr(attention, "long", None)
+    return long is not None and long(rows)
 
 
 def tile_bound(rows: int, segments: int, block: int) -> int:

@@ -78,7 +78,7 @@ def segments_of(lengths: Sequence[int], block: int, device: torch.device) -> Seg
         write_tiles(ends, rows, block, schedule)
         tiles = torch.from_numpy(schedule).to(device)
     on_device = torch.from_numpy(ends).to(device)
-    return Segments(on_device, max(lengths), tiles=tiles, block=block, alone=len(lengths) == 1)
+    return Segments(on_device, max(lengths), tiles=tiles, block=block, long=len(lengths) == 1)
 
 
 def nearest_class(rows: int, classes: Sequence[int]) -> int:

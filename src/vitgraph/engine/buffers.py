@@ -228,14 +228,14 @@ class StaticBuffers:
         layout: of its metadata block.
         block: the bytes of its metadata.
         inputs: what the tower's forward reads; addresses never change.
-        alone: the same for packs of one segment.
+        long: the same for packs of one or of long segments.
         outputs: each `[levels, rows, width]`, where a captured forward leaves its results.
     """
 
     layout: MetadataLayout
     block: Tensor
     inputs: TowerBuffers
-    alone: TowerBuffers
+    long: TowerBuffers
     outputs: tuple[Tensor, ...]
     arena: Arena = field(repr=False)
 
@@ -247,18 +247,18 @@ class StaticBuffers:
         for schedule in layout.schedules:
             plain = segments[schedule.segments]
             segments[schedule.segments] = replace(plain, tiles=metadata[schedule.name], block=schedule.block)
-        inputs = TowerBuffers(arena.pixels[: capacity["patch"]], metadata, segments)
-        one = {name: replace(own, alone=True) for name, own in segments.items()}
-        alone = TowerBuffers(inputs.pixel_values, metadata, one)
-        return cls(layout, arena.block[: layout.nbytes], inputs, alone, arena.outputs(spec, capacity), arena)
+        outputs = arena.outputs(spec, capacity)
+        inputs = TowerBuffers(arena.pixels[: capacity["patch"]], metadata, segments, outputs)
+        long = replace(inputs, segments={name: replace(own, long=True) for name, own in segments.items()})
+        return cls(layout, arena.block[: layout.nbytes], inputs, long, outputs, arena)
 
-    def inputs_of(self, alone: bool) -> TowerBuffers:
+    def inputs_of(self, long: bool) -> TowerBuffers:
         """What a forward reads.
 
         Args:
-            alone: whether the pack is one segment.
+            long: whether the pack is one segment, or of long ones.
         """
-        return self.alone if alone else self.inputs
+        return self.long if long else self.inputs
 
 
 def with_lengths(inputs: TowerBuffers, lengths: Mapping[str, tuple[int, ...]]) -> TowerBuffers:
@@ -267,4 +267,4 @@ def with_lengths(inputs: TowerBuffers, lengths: Mapping[str, tuple[int, ...]]) -
         name: replace(s, lengths=lengths[name], max_seqlen=max(lengths[name], default=0))
         for name, s in inputs.segments.items()
     }
-    return TowerBuffers(inputs.pixel_values, inputs.metadata, segments)
+    return replace(inputs, segments=segments)

@@ -184,7 +184,7 @@ class Engine:
                 fallbacks=dict(self._counters.stats.fallbacks),
                 metadata_hits=staging.grids.hits,
                 metadata_misses=staging.grids.misses,
-                captured_graphs=len(ladder.graphs) + len(ladder.alone),
+                captured_graphs=len(ladder.graphs) + len(ladder.long),
                 graph_bytes=ladder.graph_bytes,
                 static_bytes=ladder.static_bytes + staging.blocks.nbytes,
                 capture_seconds=ladder.capture_seconds,
@@ -207,15 +207,15 @@ class Engine:
             rows = self.ladder.static(len(self.budgets) - 1).inputs.pixel_values[: total["patch"]]
             return self._runner.run_exact(total, grids, [rows])
 
-    def captured(self, budget: int, alone: bool = False) -> CapturedGraph:
+    def captured(self, budget: int, long: bool = False) -> CapturedGraph:
         """The graph of a captured budget. Only the budget that was filled last may be replayed by hand: the static
         buffers hold its metadata.
 
         Args:
             budget: its index.
-            alone: the one for packs of one segment; see `Ladder.runs_alone`.
+            long: the one for packs of one or of long segments; see `Ladder.runs_long`.
         """
-        return self.ladder.graph(budget, alone)
+        return self.ladder.graph(budget, long)
 
     @torch.no_grad()
     def poison_padding(self) -> None:

@@ -103,7 +103,8 @@ class GraphPool:
 
 
 def copy_outputs(static: tuple[Tensor, ...], results: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Copies a forward's results into the static outputs, and returns those."""
+    """Copies a forward's results into the static outputs, except those that it wrote there, and returns those."""
     for target, result in zip(static, results, strict=True):
-        target.copy_(result)
+        if result.data_ptr() != target.data_ptr():
+            target.copy_(result)
     return static

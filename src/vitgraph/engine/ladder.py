@@ -28,7 +28,8 @@ LIMIT_REACHED = "budget not captured: memory limit reached"
 class Ladder:
     """Budgets, their views of one arena, and their graphs in one pool.
 
-    A budget has a second graph, in `alone`, where the attention has another kernel for packs of one segment.
+    A budget has a second graph, in `long`, where the attention has another kernel for packs of one or of long
+    segments; see `TowerSpec.is_long`.
 
     Args:
         spec: of the tower.
@@ -49,7 +50,7 @@ class Ladder:
     ) -> None:
         self.budgets = make_budgets(spec, config)
         self.graphs: dict[int, CapturedGraph] = {}
-        self.alone: dict[int, CapturedGraph] = {}
+        self.long: dict[int, CapturedGraph] = {}
         self.complete = not (config.graph and device.type == "cuda")
         self.capture_seconds = 0.0
         self._spec, self._forward, self._config = spec, forward, config
@@ -83,18 +84,18 @@ class Ladder:
             self._arena = Arena(self._spec, self.budgets[-1].capacity, nbytes, self._device, self._dtype)
         return self._arena
 
-    def runs_alone(self, index: int, one_segment: bool) -> bool:
-        """Whether a pack runs the budget's second form, with the kernel for packs of one segment.
+    def runs_long(self, index: int, is_long: bool) -> bool:
+        """Whether a pack runs the budget's second form, with the kernel for packs of one or of long segments.
 
         Args:
             index: of the budget.
-            one_segment: whether the pack is one.
+            is_long: whether the pack is such; see `TowerSpec.is_long`.
         """
-        return one_segment and has_own_graph(self._attention, self.budgets[index].capacity["patch"])
+        return is_long and has_own_graph(self._attention, self.budgets[index].capacity["patch"])
 
-    def graph(self, index: int, alone: bool = False) -> CapturedGraph:
-        """A captured budget's graph; see `runs_alone`."""
-        return self.alone[index] if alone else self.graphs[index]
+    def graph(self, index: int, long: bool = False) -> CapturedGraph:
+        """A captured budget's graph; see `runs_long`."""
+        return self.long[index] if long else self.graphs[index]
 
     def missing(self, index: int) -> str:
         """Why a budget has no graph; empty when it has one. A lazy ladder captures it on use number `lazy_after`."""
@@ -137,7 +138,7 @@ class Ladder:
     def release(self) -> None:
         """Drops graphs, their pool and the static buffers."""
         self.graphs.clear()
-        self.alone.clear()
+        self.long.clear()
         self._buffers.clear()
         self._pool = self._arena = None
 
@@ -170,8 +171,8 @@ class Ladder:
         graph = self._pool.capture(self._forward, buffers.inputs, buffers.outputs, warm_up)
         self.graphs[index] = graph
         # Asked after the warm-up, in which the attention measures its kernels.
-        if self.runs_alone(index, one_segment=True):
-            self.alone[index] = self._pool.capture(self._forward, buffers.alone, buffers.outputs, warm_up)
+        if self.runs_long(index, is_long=True):
+            self.long[index] = self._pool.capture(self._forward, buffers.long, buffers.outputs, warm_up)
         self.capture_seconds += time.perf_counter() - start
         level = logging.INFO if self._config.verbose else logging.DEBUG
         logger.log(level, "captured %d tokens in %.1f ms, %.1f MB", tokens, graph.seconds * 1e3, graph.nbytes / 1e6)

@@ -29,9 +29,9 @@ EAGER_RUNS = 2
 class Timer(Protocol):
     """What is timed, in microseconds of one run of a budget filled with items of these grids."""
 
-    def replay(self, budget: int, grids: Sequence[Grid], alone: bool = False) -> float: ...
+    def replay(self, budget: int, grids: Sequence[Grid], long: bool = False) -> float: ...
 
-    def alone(self, budget: int) -> bool: ...
+    def long(self, budget: int) -> bool: ...
 
     def eager(self, grids: Sequence[Grid]) -> float: ...
 
@@ -62,15 +62,15 @@ def measure_costs(
     times: dict[int, float] = {}
     loads: dict[int, float] = {}
     slopes: dict[int, float] = {}
-    alone: dict[int, float] = {}
+    long: dict[int, float] = {}
     for index in order:
         grids = usual_items(spec, budgets[index])
         times[index], loads[index] = timer.replay(index, grids), _load(spec, grids)
         # At once, before the clock drifts: a slope is a small difference of two times.
         found = _slopes(spec, budgets[index], index, times[index], loads[index], timer) if index in probed else None
         if found:
-            slopes[index], alone[index] = found
-    slopes, alone = _smooth(slopes) or {order[0]: 0.0}, _smooth(alone)
+            slopes[index], long[index] = found
+    slopes, long = _smooth(slopes) or {order[0]: 0.0}, _smooth(long)
     rows = np.array([budget.capacity["patch"] for budget in budgets])
     slope = _spread(rows, slopes)
     fixed = _spread(rows, {i: max(times[i] - slope[i] * loads[i], 0.0) for i in times})
@@ -82,7 +82,7 @@ def measure_costs(
     return CostModel(
         fixed=tuple(map(float, fixed)),
         slope=tuple(map(float, slope)),
-        alone_slope=tuple(map(float, _spread(rows, alone))) if any(map(timer.alone, alone)) else (),
+        long_slope=tuple(map(float, _spread(rows, long))) if any(map(timer.long, long)) else (),
         rows=tuple(map(int, rows)),
         eager_rows=tuple(eager_rows),
         eager_time=tuple(eager_time),
@@ -146,7 +146,7 @@ def large_items(spec: TowerSpec, budget: Budget) -> list[Grid]:
 
 
 def one_item(spec: TowerSpec, budget: Budget) -> list[Grid]:
-    """The largest near-square image that the budget holds, alone."""
+    """The largest near-square image that the budget holds."""
     grid = _image(spec, budget.tokens)
     return [grid] if grid is not None and fits(spec.counts(grid), budget.capacity) else []
 
@@ -187,10 +187,10 @@ def _slopes(
     if more <= usual_load:
         return None
     slope = max(timer.replay(index, grids) - usual, 0.0) / more
-    if not (timer.alone(index) and one):
+    if not (timer.long(index) and one):
         return slope, slope
     fixed = usual - slope * usual_load
-    return slope, max(timer.replay(index, one, alone=True) - fixed, 0.0) / _load(spec, one)
+    return slope, max(timer.replay(index, one, long=True) - fixed, 0.0) / _load(spec, one)
 
 
 def _smooth(points: dict[int, float]) -> dict[int, float]:

@@ -31,7 +31,7 @@ class PreparedReplay:
         spans: its items, in order, in the first output.
         launch: replays the graph, or runs the forward that stands in for it, into the static outputs.
         graph: what is replayed; None without a graph.
-        alone: whether that is the budget's second graph.
+        long: whether that is the budget's second graph.
         cost: the model that chose the pack.
     """
 
@@ -44,7 +44,7 @@ class PreparedReplay:
     spans: tuple[Span, ...]
     launch: Callable[[], object]
     graph: CapturedGraph | None
-    alone: bool
+    long: bool
     cost: CostModel
 
 

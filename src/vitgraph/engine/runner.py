@@ -119,8 +119,8 @@ class PackRunner:
         kept = buffers.arena.holds
         if kept is None:
             return None
-        alone = self._ladder.runs_alone(pack.budget, self._spec.is_long(pack.counts))
-        graph = self._graph(pack.budget, alone)
+        long = self._ladder.runs_long(pack.budget, self._spec.is_long(pack.counts))
+        graph = self._graph(pack.budget, long)
         if self._on_device and graph is None:
             return None
         return PreparedReplay(
@@ -131,9 +131,9 @@ class PackRunner:
             pixels=buffers.inputs.pixel_values[: pack.counts["patch"]],
             outputs=self._filled(buffers, pack),
             spans=spans_of(pack.grids, lambda grid: planner.counts(grid)["token"]),
-            launch=graph.replay if graph else partial(self._run_static, buffers, alone, pack.grids),
+            launch=graph.replay if graph else partial(self._run_static, buffers, long, pack.grids),
             graph=graph,
-            alone=alone,
+            long=long,
             cost=planner.cost,
         )
 
@@ -147,7 +147,7 @@ class PackRunner:
         return (
             prepared.cost is planner.cost
             and prepared.metadata.content is not None
-            and prepared.graph is self._graph(prepared.pack.budget, prepared.alone)
+            and prepared.graph is self._graph(prepared.pack.budget, prepared.long)
         )
 
     def replay(self, prepared: PreparedReplay, rows: Tensor) -> Outputs:
@@ -184,12 +184,12 @@ class PackRunner:
             self._staging.fill_pack(buffers, pack, pixels, stream)
             # Asked before the question which form runs: a first capture may decide that.
             captured = use_graph and self._has_graph(pack, budget)
-            alone = self._ladder.runs_alone(budget, self._spec.is_long(pack.counts))
+            long = self._ladder.runs_long(budget, self._spec.is_long(pack.counts))
             if captured:
-                self._ladder.graph(budget, alone).replay()
+                self._ladder.graph(budget, long).replay()
                 self._counters.stats.graph_replays += 1
             else:
-                self._run_static(buffers, alone, pack.grids)
+                self._run_static(buffers, long, pack.grids)
             # The next replay writes over this memory, so the caller gets a copy of the rows that are his.
             return tuple([output.clone() for output in self._filled(buffers, pack)])
         finally:
@@ -197,9 +197,9 @@ class PackRunner:
             self._staging.return_rows()
 
     @torch.no_grad()
-    def _run_static(self, buffers: StaticBuffers, alone: bool, grids: Sequence[Grid]) -> None:
+    def _run_static(self, buffers: StaticBuffers, long: bool, grids: Sequence[Grid]) -> None:
         """What a graph would do, launch by launch."""
-        inputs = self._staging.uncaptured(buffers.inputs_of(alone), grids)
+        inputs = self._staging.uncaptured(buffers.inputs_of(long), grids)
         copy_outputs(buffers.outputs, self._forward(inputs))
 
     def _filled(self, buffers: StaticBuffers, pack: Pack) -> Outputs:
@@ -207,8 +207,8 @@ class PackRunner:
         pairs = zip(buffers.outputs, self._row_kinds, strict=True)
         return tuple([output[:, : pack.counts[kind]] for output, kind in pairs])
 
-    def _graph(self, budget: int | None, alone: bool) -> CapturedGraph | None:
-        graphs = self._ladder.alone if alone else self._ladder.graphs
+    def _graph(self, budget: int | None, long: bool) -> CapturedGraph | None:
+        graphs = self._ladder.long if long else self._ladder.graphs
         return None if budget is None else graphs.get(budget)
 
     def _has_graph(self, pack: Pack, budget: int) -> bool:

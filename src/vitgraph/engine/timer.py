@@ -25,7 +25,7 @@ class Timed(Protocol):
 
     def stage(self, budget: int, grids: Sequence[Grid]) -> None: ...
 
-    def captured(self, budget: int, alone: bool = False) -> CapturedGraph: ...
+    def captured(self, budget: int, long: bool = False) -> CapturedGraph: ...
 
     def run_unpacked(self, grids: Sequence[Grid]) -> object: ...
 
@@ -37,17 +37,17 @@ class EngineTimer:
         self._engine = engine
         self._uploaded: set[tuple[int, bool]] = set()
 
-    def alone(self, budget: int) -> bool:
-        """Whether the budget has a graph for packs of one segment."""
-        return budget in self._engine.ladder.alone
+    def long(self, budget: int) -> bool:
+        """Whether the budget has a graph of its own for packs of one or of long segments."""
+        return budget in self._engine.ladder.long
 
-    def replay(self, budget: int, grids: Sequence[Grid], alone: bool = False) -> float:
+    def replay(self, budget: int, grids: Sequence[Grid], long: bool = False) -> float:
         """Microseconds of one replay on the device: a long one runs once, of short ones a few in a row."""
         self._engine.stage(budget, grids)
-        graph = self._engine.captured(budget, alone)
+        graph = self._engine.captured(budget, long)
         # The first launch of a graph also uploads it.
-        once = elapsed(graph.replay, lead=(budget, alone) not in self._uploaded)
-        self._uploaded.add((budget, alone))
+        once = elapsed(graph.replay, lead=(budget, long) not in self._uploaded)
+        self._uploaded.add((budget, long))
         if once > ENOUGH_US:
             return once
         return elapsed(graph.replay, min(int(ENOUGH_US / max(once, 1.0)), MOST_RUNS))

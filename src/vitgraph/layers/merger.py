@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -27,7 +28,9 @@ class PatchMerger(nn.Module):
         self.fc1 = nn.Linear(self.width, self.width)
         self.fc2 = nn.Linear(self.width, out_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """`x [P, D]` -> `[P / m^2, C]`, in `out` if given."""
         rows = x.view(-1, self.width) if self.norm_after_concat else x
         x = layer_norm(rows, self.norm).view(-1, self.width)
-        return self.fc2(F.gelu(self.fc1(x)))
+        y = F.gelu(self.fc1(x))
+        return self.fc2(y) if out is None else torch.addmm(self.fc2.bias, y, self.fc2.weight.t(), out=out)

@@ -25,15 +25,16 @@ class SideBranches:
         self._stream = _side_stream(device) if device.type == "cuda" and rows <= MOST_ROWS else None
         self._inputs: list[Tensor] = []
 
-    def run(self, module: nn.Module, x: Tensor) -> Tensor:
-        """`module(x)`, started once everything before it is done."""
+    def run(self, module: nn.Module, x: Tensor, out: Tensor) -> None:
+        """`module(x, out)`, started once everything before it is done."""
         if self._stream is None:
-            return module(x)
+            module(x, out)
+            return
         # Until the join, the main stream must not reuse the memory that the branch reads.
         self._inputs.append(x)
         self._stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(self._stream):
-            return module(x)
+            module(x, out)
 
     def join(self) -> None:
         """Makes the current stream wait for every branch."""

@@ -169,17 +169,27 @@ class TowerBuffers:
         pixel_values: `[P, patch_width]` in the tower's dtype.
         metadata: declared buffers by name, each `[lead + rows, *trailing]`.
         segments: attention segment sets by name.
+        outputs: per entry of the spec's `outputs` where `[levels, rows, width]` will be read; empty where nothing is
+            prepared. A forward that writes its results there and returns them saves a copy.
     """
 
     pixel_values: Tensor
     metadata: Mapping[str, Tensor]
     segments: Mapping[str, Segments] = field(default_factory=dict)
+    outputs: tuple[Tensor, ...] = ()
 
 
 class Tower(nn.Module, ABC):
     """A vision tower: pixels of a pack in, tokens of a pack out."""
 
     spec: TowerSpec
+
+    def levels(self, buffers: TowerBuffers) -> Tensor:
+        """Where the tokens go: `[levels, M, C]`, prepared or new."""
+        if buffers.outputs:
+            return buffers.outputs[0]
+        pixels, tokens = buffers.pixel_values, self.spec.outputs[0]
+        return pixels.new_empty(tokens.levels, pixels.shape[0] // self.spec.merge**2, tokens.width)
 
     @abstractmethod
     def metadata(self, grid: Grid) -> dict[str, np.ndarray]:

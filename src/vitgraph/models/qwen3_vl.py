@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from vitgraph.attention.base import VarlenAttention
@@ -126,15 +125,17 @@ class Qwen3VLTower(Tower):
         x = add_table(x, self.pos_embed.weight, meta["interp_indices"], meta["interp_weights"])
         angles = axial_angles(meta["position_ids"], self.frequencies)
         rotary = angles.cos(), angles.sin()
+        levels = self.levels(buffers)
         branches = SideBranches(x.device, x.shape[0])
-        deepstack: list[Tensor] = []
+        deepstack = zip(self.deepstack_merger_list, levels[1:], strict=True)
         for layer, block in enumerate(self.blocks):
             x = block(x, rotary, segments)
             if layer in self.config.deepstack_visual_indexes:
-                deepstack.append(branches.run(self.deepstack_merger_list[len(deepstack)], x))
-        tokens = self.merger(x)
+                merger, level = next(deepstack)
+                branches.run(merger, x, level)
+        self.merger(x, levels[0])
         branches.join()
-        return torch.stack([tokens, *deepstack])
+        return levels
 
     def compile_regions(self) -> Iterable[nn.Module]:
         return self.blocks

@@ -32,7 +32,7 @@ class CostModel:
         fixed: per budget, ascending as the budgets.
         slope: microseconds per rows^2 of load, per budget.
         rows: patch rows per budget.
-        alone_slope: as `slope`, for packs of one or of long segments; empty when there is no difference.
+        long_slope: as `slope`, for packs of one or of long segments; empty when there is no difference.
         eager_rows, eager_time: curve of the eager forward at no load, piecewise linear; empty: eager is never chosen.
         measured: per budget whether it was timed; the others lie on lines between their neighbours.
         unit: "us", or "token" for a guess that only ranks plans.
@@ -44,7 +44,7 @@ class CostModel:
     eager_rows: tuple[int, ...] = ()
     eager_time: tuple[float, ...] = ()
     measured: tuple[bool, ...] = ()
-    alone_slope: tuple[float, ...] = ()
+    long_slope: tuple[float, ...] = ()
     unit: str = "us"
 
     @classmethod
@@ -54,19 +54,19 @@ class CostModel:
         rows = tuple(budget.capacity["patch"] for budget in budgets)
         return cls(fixed, (0.0,) * len(fixed), rows, measured=(False,) * len(fixed), unit="token")
 
-    def replay(self, budget: int, load: float, alone: bool = False) -> float:
-        """Time of a replay of the budget with this load; `alone`: of one segment, or of long ones."""
-        return self.fixed[budget] + self._slope(budget, alone) * load
+    def replay(self, budget: int, load: float, long: bool = False) -> float:
+        """Time of a replay of the budget with this load; `long`: of one segment, or of long ones."""
+        return self.fixed[budget] + self._slope(budget, long) * load
 
-    def _slope(self, budget: int, alone: bool) -> float:
-        return (self.alone_slope if alone and self.alone_slope else self.slope)[budget]
+    def _slope(self, budget: int, long: bool) -> float:
+        return (self.long_slope if long and self.long_slope else self.slope)[budget]
 
-    def eager(self, rows: int, load: float, alone: bool = False) -> float:
+    def eager(self, rows: int, load: float, long: bool = False) -> float:
         """Time of the eager forward on buffers of exactly `rows` patch rows; infinite where no curve is known."""
         if not self.eager_rows:
             return float("inf")
         nearest = min(bisect_left(self.rows, rows), len(self.rows) - 1)
-        return self._eager_fixed(rows) + self._slope(nearest, alone) * load
+        return self._eager_fixed(rows) + self._slope(nearest, long) * load
 
     def _eager_fixed(self, rows: int) -> float:
         known, times = self.eager_rows, self.eager_time

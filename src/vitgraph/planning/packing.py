@@ -108,10 +108,10 @@ class Planner:
 
     def _predicted(self, pack: Pack) -> float:
         load = sum(self._sized(piece.grid).load for piece in pack.pieces)
-        alone = self._rule.is_long(pack.counts)
+        long = self._rule.is_long(pack.counts)
         if pack.budget is None:
-            return self._cost.eager(pack.counts["patch"], load, alone)
-        return self._cost.replay(pack.budget, load, alone)
+            return self._cost.eager(pack.counts["patch"], load, long)
+        return self._cost.replay(pack.budget, load, long)
 
     def _plan(self, grids: Sequence[Grid], split: bool, eager: bool) -> list[Pack]:
         if not grids:
@@ -162,9 +162,9 @@ class Planner:
     def _pack_of(self, pieces: Sequence[Piece], size: Size, load: float, eager: bool) -> Pack:
         counts = dict(zip(self._kinds, size, strict=True))
         index = self._cost.cheapest(self._smallest(size), load)
-        alone = self._rule.is_long(counts)
-        replay = self._cost.replay(index, load, alone)
-        if eager and self._cost.eager(counts["patch"], load, alone) < EAGER_MARGIN * replay:
+        long = self._rule.is_long(counts)
+        replay = self._cost.replay(index, load, long)
+        if eager and self._cost.eager(counts["patch"], load, long) < EAGER_MARGIN * replay:
             return Pack(tuple(pieces), counts, None, EAGER_IS_FASTER)
         return Pack(tuple(pieces), counts, index)
 

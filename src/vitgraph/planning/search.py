@@ -34,7 +34,7 @@ class Prices:
         # One entry more than there are budgets: what fits none costs infinity.
         self._fixed = np.append(np.asarray(cost.fixed, dtype=float), np.inf)
         self._slope = np.append(np.asarray(cost.slope, dtype=float), 0.0)
-        self._long_slope = np.append(np.asarray(cost.alone_slope or cost.slope, dtype=float), 0.0)
+        self._long_slope = np.append(np.asarray(cost.long_slope or cost.slope, dtype=float), 0.0)
         cheapest = [cost.cheapest(index, 0.0) for index in range(len(cost.fixed))]
         self._cheapest = np.append(np.asarray(cheapest, dtype=int), len(cost.fixed))
         per_row = self._fixed[:-1] / np.maximum(np.asarray(cost.rows), 1) if cost.rows else np.zeros(0)
