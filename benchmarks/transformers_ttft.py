@@ -5,7 +5,8 @@
 
 Qwen3-VL with random weights, language model and tower at their published sizes, in bfloat16. Prompts: one image of
 448 x 448 px with 32 tokens of text, four of them, and a clip of 16 such frames. Pixels and grids lie on the device, as
-the output of a processor does after `.to(device)`. Medians in milliseconds, each call between two synchronisations:
+the output of a processor does after `.to(device)`. Medians in milliseconds, each call between two synchronisations,
+before and after in three turns:
 
 - `first token`: `generate(max_new_tokens=1)` on the whole prompt;
 - `tower`: the tower alone, on the same pixels;
@@ -20,7 +21,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ import vitgraph
 from vitgraph.bench.geometries import geometry
 from vitgraph.bench.report import environment
 
-WARMUP = 4
+WARMUP, ROUNDS = 3, 3
 TEXT_TOKENS = 32
 ROPE = {"rope_type": "default", "rope_theta": 5_000_000.0, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
 SHARED = {"head_dim": 128, "num_key_value_heads": 8, "vocab_size": 151936, "rope_parameters": ROPE}
@@ -154,8 +155,8 @@ def text_alone(prompt: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"input_ids": torch.full_like(prompt["input_ids"], 7), "attention_mask": prompt["attention_mask"]}
 
 
-def median_time(call: Callable[[], object], runs: int) -> float:
-    """Median wall clock of a call and its work on the device, milliseconds."""
+def times_of(call: Callable[[], object], runs: int) -> list[float]:
+    """Wall clocks of a call and its work on the device, milliseconds, after a few that are not timed."""
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     times = []
     for run in range(WARMUP + runs):
@@ -165,36 +166,51 @@ def median_time(call: Callable[[], object], runs: int) -> float:
         wait()
         if run >= WARMUP:
             times.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(times)
+    return times
 
 
-def measure(model: Any, prompt: dict[str, Tensor], runs: int) -> tuple[float, float, int, int]:
-    """Milliseconds to the first token and of the tower, peak bytes, and the token."""
-    pixels = next(v for k, v in prompt.items() if k.startswith("pixel_values"))
-    grids = next(v for k, v in prompt.items() if k.endswith("grid_thw"))
-    settings = {"max_new_tokens": 1, "do_sample": False}
-    on_gpu = model.device.type == "cuda"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    first = median_time(lambda: model.generate(**prompt, **settings), runs)
-    peak = torch.cuda.max_memory_allocated() if on_gpu else 0
-    with torch.no_grad():
-        tower = median_time(lambda: model.model.visual(pixels, grid_thw=grids), runs)
-    return first, tower, peak, int(model.generate(**prompt, **settings)[0, -1])
+@dataclass
+class Measured:
+    """What one state of the model showed: milliseconds, peak bytes, and the token."""
+
+    first_token: list[float] = field(default_factory=list)
+    tower: list[float] = field(default_factory=list)
+    peak: int = 0
+    token: int = -1
+
+    def add(self, model: Any, prompt: dict[str, Tensor], runs: int) -> None:
+        """Runs more."""
+        pixels = next(v for k, v in prompt.items() if k.startswith("pixel_values"))
+        grids = next(v for k, v in prompt.items() if k.endswith("grid_thw"))
+        settings = {"max_new_tokens": 1, "do_sample": False}
+        on_gpu = model.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        self.first_token += times_of(lambda: model.generate(**prompt, **settings), runs)
+        self.peak = max(self.peak, torch.cuda.max_memory_allocated() if on_gpu else 0)
+        with torch.no_grad():
+            self.tower += times_of(lambda: model.model.visual(pixels, grid_thw=grids), runs)
+        self.token = int(model.generate(**prompt, **settings)[0, -1])
 
 
 def compare(name: str, model: Any, workload: Workload, runs: int) -> Row:
-    """One workload before and after."""
+    """One workload before and after, in turns: the speed of a shared machine's CPU drifts."""
     prompt = make_prompt(model, workload)
     text = text_alone(prompt)
-    language_model = median_time(lambda: model.generate(**text, max_new_tokens=1, do_sample=False), runs)
-    first, tower, peak, token = measure(model, prompt, runs)
-    with vitgraph.accelerated(model, backend="native"):
-        first_after, tower_after, peak_after, token_after = measure(model, prompt, runs)
-        fallbacks = vitgraph.acceleration(model).fallbacks
+    before, after, language_model = Measured(), Measured(), []
+    fallbacks: dict[str, int] = {}
+    each = -(-runs // ROUNDS)
+    for _ in range(ROUNDS):
+        language_model += times_of(lambda: model.generate(**text, max_new_tokens=1, do_sample=False), each)
+        before.add(model, prompt, each)
+        with vitgraph.accelerated(model, backend="native"):
+            after.add(model, prompt, each)
+            for reason, times in vitgraph.acceleration(model).fallbacks.items():
+                fallbacks[reason] = fallbacks.get(reason, 0) + times
     length = prompt["input_ids"].shape[1]
-    times = (first, first_after, tower, tower_after, language_model)
-    return Row(name, workload.name, length, *times, peak, peak_after, token == token_after, fallbacks)
+    lists = (before.first_token, after.first_token, before.tower, after.tower, language_model)
+    medians = [statistics.median(times) for times in lists]
+    return Row(name, workload.name, length, *medians, before.peak, after.peak, before.token == after.token, fallbacks)
 
 
 def table(rows: Sequence[Row]) -> Table:
