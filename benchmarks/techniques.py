@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from vitgraph import VisionEncoder
 from vitgraph.attention import triton_varlen
 from vitgraph.engine.blocks import BlockCache
 from vitgraph.layers import block, mlp, overlap, pos_embed_triton
+from vitgraph.layers.ops import Activation
 from vitgraph.layers.pos_embed import gather_table
 from vitgraph.layers.rotary import apply_rotary
 
@@ -23,6 +25,10 @@ POWERS_OF_TWO = (64, 128, 256, 512, 1024, 2048, 4096)
 
 def _gelu_after_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+
+
+def _gate(x: Tensor, up: Tensor, activation: Activation) -> Tensor:
+    return (F.silu(x) if activation == "silu" else x * torch.sigmoid(1.702 * x)) * up
 
 
 def _add_table(x: Tensor, table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
@@ -35,6 +41,7 @@ PATCHES: dict[str, tuple[ModuleType, str, Any]] = {
     "rotary kernel": (block, "rotate_qk", apply_rotary),
     "GELU epilogue": (mlp, "linear_gelu_tanh", _gelu_after_linear),
     "padded MLP": (mlp, "ALIGNED", 1),
+    "gate kernel": (mlp, "gate", _gate),
     "position table kernel": (pos_embed_triton, "add_table_in_place", _add_table),
     "side stream": (overlap, "MOST_ROWS", 0),
 }
@@ -50,7 +57,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 KEPT_METADATA = "metadata on the device"
 ORDER = ("graph", "Triton attention", "TMA loads", "fused norm and residual", "rotary kernel", "GELU epilogue",
-         "padded MLP", "position table kernel", "side stream", "FlashAttention wheels", "fine ladder",
+         "padded MLP", "gate kernel", "position table kernel", "side stream", "FlashAttention wheels", "fine ladder",
          KEPT_METADATA)  # fmt: skip
 """As a waterfall adds them. Without wheels the step that adds them changes nothing."""
 

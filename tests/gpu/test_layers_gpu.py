@@ -10,7 +10,16 @@ from torch import nn
 from vitgraph.layers.block import Attention, Block
 from vitgraph.layers.mlp import GatedMlp, Mlp
 from vitgraph.layers.norm import RMSNorm
-from vitgraph.layers.ops import add_norm, add_table, fused_norm, layer_norm, linear_gelu_tanh, rotate_qk
+from vitgraph.layers.ops import (
+    activate,
+    add_norm,
+    add_table,
+    fused_norm,
+    gate,
+    layer_norm,
+    linear_gelu_tanh,
+    rotate_qk,
+)
 from vitgraph.layers.pos_embed import gather_table
 from vitgraph.layers.rotary import apply_rotary
 from vitgraph.models.weights import randomise
@@ -59,6 +68,26 @@ def test_adding_a_table_equals_its_plain_form(taps: int, dim: int) -> None:
     weight = torch.rand(37, taps, device="cuda")
     want = x + gather_table(table, index, weight).to(x.dtype)
     assert error(add_table(x, table, index, weight), want) < 1e-3
+
+
+@pytest.mark.parametrize("activation", ["silu", "quick_gelu"])
+def test_activations_equal_their_plain_form(activation: str) -> None:
+    both = 4 * torch.randn(37, 2 * 3456, device="cuda", dtype=torch.bfloat16)
+    x, up = both.chunk(2, dim=1)
+    slope = 1.702 if activation == "quick_gelu" else 1.0
+    want = x.float() * torch.sigmoid(slope * x.float())
+    assert error(gate(x, up, activation), want * up.float()) < 4e-3
+    assert error(activate(x.clone(), activation), want) < 4e-3
+
+
+@pytest.mark.parametrize("make", [lambda: Mlp(128, 208), lambda: GatedMlp(128, 208, bias=True)], ids=["mlp", "gated"])
+def test_an_mlp_that_is_laid_out_equals_the_plain_one(make) -> None:
+    plain, laid_out = (make().cuda().to(torch.bfloat16).requires_grad_(False) for _ in range(2))
+    randomise(plain, 0)
+    laid_out.lay_out()
+    laid_out.load_state_dict(plain.state_dict())
+    x = torch.randn(33, 128, device="cuda", dtype=torch.bfloat16)
+    assert error(laid_out(x), plain(x)) < 1e-2
 
 
 @pytest.mark.parametrize("dim", [1152, 4608, 6144])

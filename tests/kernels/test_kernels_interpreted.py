@@ -104,6 +104,21 @@ def test_rotary_equals_its_plain_form(heads: int, head_dim: int) -> None:
     assert torch.equal(qkv[:, 2], values)
 
 
+@pytest.mark.parametrize("activation", ["silu", "quick_gelu"])
+@pytest.mark.parametrize("columns", [48, 1500])
+def test_activations_equal_their_plain_form(activation: str, columns: int) -> None:
+    from vitgraph.layers import activation_triton
+    from vitgraph.layers.ops import activate, gate
+
+    both = 4 * torch.randn(5, 2 * columns)
+    x, up = both.chunk(2, dim=1)
+    torch.testing.assert_close(activation_triton.gate(x, up, activation), gate(x, up, activation))
+    want, others = activate(x.clone(), activation), up.clone()
+    assert activation_triton.activate_in_place(x, activation).data_ptr() == both.data_ptr()
+    torch.testing.assert_close(x, want)
+    assert torch.equal(up, others)
+
+
 @pytest.mark.parametrize("taps", [4, 16])
 @pytest.mark.parametrize("dim", [64, 1152])
 def test_adding_a_table_equals_its_plain_form(dim: int, taps: int) -> None:

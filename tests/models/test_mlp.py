@@ -1,4 +1,4 @@
-"""MLPs whose hidden width is padded."""
+"""MLPs whose weights are laid out for their GEMMs: padded, and gate and up projections side by side."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ MAKERS = {
     "quick gelu": lambda: Mlp(64, 112, "quick_gelu"),
     "gated": lambda: GatedMlp(64, 100, bias=True, out_dim=24),
     "gated without bias": lambda: GatedMlp(64, 100, bias=False),
+    "gated quick gelu": lambda: GatedMlp(64, 72, bias=True, activation="quick_gelu"),
 }
 
 
@@ -20,7 +21,7 @@ MAKERS = {
 def test_a_padded_mlp_equals_the_plain_one(kind: str) -> None:
     plain, padded = (MAKERS[kind]().requires_grad_(False) for _ in range(2))
     randomise(plain, 1)
-    padded.pad_hidden()
+    padded.lay_out()
     shapes = {name: value.shape for name, value in plain.named_parameters()}
     assert {name: value.shape for name, value in padded.named_parameters()} == shapes
     padded.load_state_dict(plain.state_dict())
@@ -32,8 +33,19 @@ def test_a_padded_mlp_equals_the_plain_one(kind: str) -> None:
     torch.testing.assert_close(padded(x), plain(x))
 
 
+def test_gate_and_up_projections_lie_side_by_side() -> None:
+    plain, merged = (GatedMlp(64, 128, bias=True).requires_grad_(False) for _ in range(2))
+    randomise(plain, 1)
+    merged.lay_out()
+    merged.load_state_dict(plain.state_dict())
+    gate, up = merged.gate_proj.weight, merged.up_proj.weight
+    assert gate.data_ptr() + gate.nbytes == up.data_ptr()
+    x = torch.randn(5, 64)
+    torch.testing.assert_close(merged(x), plain(x))
+
+
 def test_aligned_widths_are_not_padded() -> None:
     mlp = Mlp(64, 192)
-    mlp.pad_hidden()
+    mlp.lay_out()
     assert mlp.weights("fc1")[0] is mlp.fc1.weight
     assert mlp.up(torch.randn(3, 64)).shape == (3, 192)

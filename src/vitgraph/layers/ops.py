@@ -6,6 +6,7 @@ Under torch.compile they are opaque operators, so that the compiler fuses what l
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from vitgraph.layers.norm import RMSNorm
 from vitgraph.layers.pos_embed import gather_table
 from vitgraph.layers.rotary import apply_rotary
 
+Activation = Literal["gelu_tanh", "gelu", "quick_gelu", "silu"]
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 HAS_TRITON = find_spec("triton") is not None
 
@@ -49,7 +51,7 @@ def add_table(x: Tensor, table: Tensor, index: Tensor, weight: Tensor) -> Tensor
 
     CUDA: one Triton kernel. Elsewhere: `gather_table`.
     """
-    if not (x.is_cuda and HAS_TRITON) or torch.compiler.is_compiling():
+    if not _has_kernel(x):
         return x + gather_table(table, index, weight).to(x.dtype)
     from vitgraph.layers.pos_embed_triton import add_table_in_place
 
@@ -88,6 +90,36 @@ def add_norm(
 
 def _bias(norm: nn.LayerNorm | RMSNorm) -> Tensor | None:
     return norm.bias if isinstance(norm, nn.LayerNorm) else None
+
+
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """The named activation: GELU in its tanh or exact (erf) form, x * sigmoid(1.702 x), or SiLU; may work in place.
+
+    CUDA: one kernel.
+    """
+    if activation == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
+    if activation == "gelu":
+        return F.gelu(x)
+    if _has_kernel(x):
+        from vitgraph.layers import activation_triton
+
+        return activation_triton.activate_in_place(x, activation)
+    return x * torch.sigmoid(1.702 * x) if activation == "quick_gelu" else F.silu(x)
+
+
+def gate(x: Tensor, up: Tensor, activation: Activation) -> Tensor:
+    """`activate(x) * up`: both `[P, F]`. CUDA: one Triton kernel where the activation has a sigmoid."""
+    if activation in ("silu", "quick_gelu") and _has_kernel(x):
+        from vitgraph.layers import activation_triton
+
+        return activation_triton.gate(x, up, activation)
+    return activate(x, activation) * up
+
+
+def _has_kernel(x: Tensor) -> bool:
+    """Whether our own kernels run; torch.compile fuses by itself."""
+    return x.is_cuda and HAS_TRITON and not torch.compiler.is_compiling()
 
 
 def linear_gelu_tanh(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from vitgraph.models.layout import Layout, best_layout
 def materialise(tower: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Gives a tower that was built on the meta device uninitialised parameters; constants move and keep their dtype.
 
-    On CUDA, MLPs are padded to widths that suit the tensor cores; see `BlockMlp.pad_hidden`.
+    On CUDA, the weights of MLPs are laid out as suits its GEMMs; see `BlockMlp.lay_out`.
     """
     for module in tower.modules():
         for name, parameter in list(module._parameters.items()):
@@ -29,7 +29,7 @@ def materialise(tower: nn.Module, device: torch.device, dtype: torch.dtype) -> N
     # After the loop: children come after their parents there.
     for module in tower.modules():
         if device.type == "cuda" and isinstance(module, BlockMlp):
-            module.pad_hidden()
+            module.lay_out()
 
 
 def load_weights(tower: nn.Module, checkpoint: Checkpoint, layouts: Iterable[Layout]) -> Layout:
