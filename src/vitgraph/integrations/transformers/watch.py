@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import repeat
 from operator import is_
 from typing import Any
 
@@ -38,6 +39,7 @@ class WeightWatch:
 
     def __init__(self, module: nn.Module) -> None:
         self._inner = _inside(module)
+        self._dicts = [child.__dict__ for child in self._inner]
         self._tree = TreeWatch(module)
         slots = [(m._parameters, name, value) for m in module.modules() for name, value in m._parameters.items()]
         self._parameters = Slots(slots)
@@ -55,6 +57,9 @@ class WeightWatch:
     def refuse_replaced(self) -> str:
         """Why a call must run the module's own forward: that of a submodule was replaced on the instance, other than to
         place inputs. Empty when none was."""
+        # Almost never: asked in C first.
+        if not any(map(dict.__contains__, self._dicts, repeat("forward"))):
+            return ""
         replaced = (m for m in self._inner if "forward" in m.__dict__ and not _only_placed(m))
         found = next(replaced, None)
         return "" if found is None else f"{type(found).__name__} inside the module has a forward of its own"
