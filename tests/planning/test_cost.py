@@ -13,7 +13,7 @@ from packing_rule import Rule
 from vitgraph.config import EncoderConfig
 from vitgraph.core import Grid, fits
 from vitgraph.planning.budgets import make_budgets
-from vitgraph.planning.cost import CostModel, load_of
+from vitgraph.planning.cost import CostModel, are_long, load_of
 from vitgraph.planning.packing import EAGER_IS_FASTER, Planner
 from vitgraph.planning.search import Prices, best_fit, best_runs, greedy
 
@@ -30,7 +30,9 @@ def models(draw: st.DrawFn) -> tuple[tuple, CostModel]:
     fixed = tuple((floor + rate * b.tokens) * n for b, n in zip(budgets, noise, strict=True))
     slope = (draw(st.floats(0, 1e-3)),) * len(budgets)
     rows = tuple(b.capacity["patch"] for b in budgets)
-    return budgets, CostModel(fixed, slope, rows)
+    gains = draw(st.lists(st.floats(0.5, 1.0), min_size=len(budgets), max_size=len(budgets)))
+    long = tuple(s * gain for s, gain in zip(slope, gains, strict=True)) if draw(st.booleans()) else ()
+    return budgets, CostModel(fixed, slope, rows, long_slope=long)
 
 
 grids = st.builds(lambda t, h, w: Grid(t, 2 * h, 2 * w), st.integers(1, 4), st.integers(1, 12), st.integers(1, 12))
@@ -52,7 +54,7 @@ def test_a_plan_is_never_worse_than_the_plain_packings(model, items) -> None:
             load = sum(load_of(RULE.counts(items[i]), RULE.load_sets) for i in group)
             total = {kind: sum(sizes[i][k] for i in group) for k, kind in enumerate(largest)}
             smallest = next(i for i, b in enumerate(budgets) if fits(total, b.capacity))
-            other += cost.replay(smallest, load)
+            other += cost.replay(smallest, load, RULE.is_long(total))
         assert chosen <= other * (1 + 1e-9), plain.__name__
 
 
@@ -66,7 +68,7 @@ def test_runs_are_the_cheapest_cut_of_the_sorted_items(model, items) -> None:
     table = np.array([[RULE.counts(g)[kind] for kind in largest] for g in items])
     loads = np.array([load_of(RULE.counts(g), RULE.load_sets) for g in items])
     columns = [[b.capacity[kind] for b in budgets] for kind in largest]
-    prices = Prices(cost, columns, 0)
+    prices = Prices(cost, columns, 0, [(0, 3)])
 
     def price(cuts) -> float:
         ends = [0, *cuts, len(items)]
@@ -88,6 +90,14 @@ def ladder(*tokens: int) -> tuple:
 
 def rows_of(budgets) -> tuple[int, ...]:
     return tuple(b.capacity["patch"] for b in budgets)
+
+
+def test_long_segments_are_told_from_counts() -> None:
+    rows, segments = np.array([0, 100, 6144, 6144, 9000]), np.array([0, 1, 2, 3, 2])
+    want = [False, True, True, False, True]
+    assert are_long((rows, segments)).tolist() == want
+    assert [bool(are_long((int(r), int(s)))) for r, s in zip(rows, segments, strict=True)] == want
+    assert not are_long((9000, 1), (9000, 9)) and are_long()
 
 
 def test_a_wide_gap_in_the_ladder_is_filled_by_two_replays() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vitgraph.attention.base import Segments
 from vitgraph.core import Counts, Grid
 from vitgraph.errors import PatchError
-from vitgraph.planning.cost import LONG_ROWS
+from vitgraph.planning.cost import are_long
 
 Pad = Literal["zero", "one", "repeat_last", "identity_tail"]
 
@@ -125,20 +125,21 @@ class TowerSpec:
         return (OutputSpec("tokens", "token", self.width, self.levels), *self.extra_outputs)
 
     def is_long(self, counts: Counts) -> bool:
-        """Whether items with these counts are one segment, or segments of LONG_ROWS rows on average, in every set."""
-        pairs = [(counts[buffer.offset or "patch"], counts[buffer.rows]) for _, buffer in self._segment_buffers]
-        return all(segments == 1 or rows >= LONG_ROWS * max(segments, 1) for rows, segments in pairs)
+        """Whether the segments of items with these counts are long; see `are_long`."""
+        return bool(are_long(*((counts[rows], counts[segments]) for rows, segments in self.segment_sets)))
 
     @cached_property
-    def _segment_buffers(self) -> tuple[tuple[SegmentSpec, BufferSpec], ...]:
+    def segment_sets(self) -> tuple[tuple[str, str], ...]:
+        """Per segment set the kinds that count its rows and its segments."""
         buffers = {buffer.name: buffer for buffer in self.buffers}
-        return tuple((segments, buffers[segments.name]) for segments in self.segments)
+        own = [buffers[segments.name] for segments in self.segments]
+        return tuple((buffer.offset or "patch", buffer.rows) for buffer in own)
 
     @cached_property
     def load_sets(self) -> tuple[tuple[str, str], ...]:
-        """Per segment set that only the budget bounds: the kinds that count its rows and its segments."""
-        unbounded = [buffer for segments, buffer in self._segment_buffers if segments.max_length is None]
-        return tuple((buffer.offset or "patch", buffer.rows) for buffer in unbounded)
+        """As `segment_sets`, for those that only the budget bounds."""
+        pairs = zip(self.segments, self.segment_sets, strict=True)
+        return tuple(kinds for segments, kinds in pairs if segments.max_length is None)
 
     def counts(self, grid: Grid) -> Counts:
         """Rows of each kind that one item fills. Here: one segment per temporal patch."""

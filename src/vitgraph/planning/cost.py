@@ -5,7 +5,9 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import and_
+from typing import Any
 
 import numpy as np
 
@@ -75,10 +77,10 @@ class CostModel:
         per_row = max(times[-1] - times[-2], 0.0) / (known[-1] - known[-2])
         return times[-1] + per_row * (rows - known[-1])
 
-    def cheapest(self, first: int, load: float) -> int:
+    def cheapest(self, first: int, load: float, long: bool = False) -> int:
         """The budget with the least time among `first` and the larger ones: a few rows more may fill the GPU better."""
         best = self._cheapest_from[first]
-        return best if self.replay(best, load) < self.replay(first, load) else first
+        return best if self.replay(best, load, long) < self.replay(first, load, long) else first
 
     @cached_property
     def _cheapest_from(self) -> tuple[int, ...]:
@@ -115,6 +117,15 @@ class CostModel:
             return None
         pairs = zip(self.rows, self.fixed, strict=True)
         return next((rows for rows, time in pairs if self._eager_fixed(rows) <= time), None)
+
+
+def are_long(*sets: tuple[Any, Any]) -> Any:
+    """Whether a pack is one segment, or its segments have LONG_ROWS rows on average, in every segment set.
+
+    Args:
+        sets: rows and segments of each set, as numbers or as arrays of the same shape, of several packs.
+    """
+    return reduce(and_, [(n == 1) | ((n > 0) & (rows >= LONG_ROWS * n)) for rows, n in sets], True)
 
 
 def load_of(counts: Counts, sets: Sequence[tuple[str, str]]) -> float:

@@ -28,6 +28,9 @@ class CountRule(Protocol):
     @property
     def load_sets(self) -> Sequence[tuple[str, str]]: ...
 
+    @property
+    def segment_sets(self) -> Sequence[tuple[str, str]]: ...
+
     def counts(self, grid: Grid) -> Counts: ...
 
     def is_long(self, counts: Counts) -> bool: ...
@@ -55,6 +58,8 @@ class Planner:
         self._kinds = tuple(budgets[-1].capacity) if budgets else ()
         self._columns = [[budget.capacity[kind] for budget in budgets] for kind in self._kinds]
         self._rows = self._kinds.index("patch") if budgets else 0
+        at = self._kinds.index
+        self._sets = [(at(rows), at(segments)) for rows, segments in rule.segment_sets] if budgets else []
         self._sizes: dict[Grid, _Sized] = {}
         self._plans: OrderedDict[tuple[tuple[Grid, ...], bool, bool], tuple[Pack, ...]] = OrderedDict()
         self.cost = cost or CostModel.guess(budgets)
@@ -67,7 +72,7 @@ class Planner:
     @cost.setter
     def cost(self, cost: CostModel) -> None:
         self._cost = cost
-        self._prices = Prices(cost, self._columns, self._rows)
+        self._prices = Prices(cost, self._columns, self._rows, self._sets)
         self._plans.clear()
 
     def plan(self, grids: Sequence[Grid], split: bool = True, eager: bool = True) -> list[Pack]:
@@ -161,8 +166,8 @@ class Planner:
 
     def _pack_of(self, pieces: Sequence[Piece], size: Size, load: float, eager: bool) -> Pack:
         counts = dict(zip(self._kinds, size, strict=True))
-        index = self._cost.cheapest(self._smallest(size), load)
         long = self._rule.is_long(counts)
+        index = self._cost.cheapest(self._smallest(size), load, long)
         replay = self._cost.replay(index, load, long)
         if eager and self._cost.eager(counts["patch"], load, long) < EAGER_MARGIN * replay:
             return Pack(tuple(pieces), counts, None, EAGER_IS_FASTER)

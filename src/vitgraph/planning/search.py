@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vitgraph.planning.cost import LONG_ROWS, CostModel
+from vitgraph.planning.cost import CostModel, are_long
 
 Size = tuple[int, ...]
 """Rows of each kind, in one fixed order of kinds."""
@@ -25,11 +25,14 @@ class Prices:
         cost: the model.
         columns: per kind the capacity of every budget, ascending.
         rows: index of the kind that counts patch rows.
+        sets: per segment set the indexes of the kinds that count its rows and its segments.
     """
 
-    def __init__(self, cost: CostModel, columns: Sequence[Sequence[int]], rows: int) -> None:
+    def __init__(
+        self, cost: CostModel, columns: Sequence[Sequence[int]], rows: int, sets: Sequence[tuple[int, int]]
+    ) -> None:
         self._columns = [np.asarray(column) for column in columns]
-        self._rows = rows
+        self._rows, self._sets = rows, sets
         self.largest = tuple(column[-1] for column in columns)
         # One entry more than there are budgets: what fits none costs infinity.
         self._fixed = np.append(np.asarray(cost.fixed, dtype=float), np.inf)
@@ -45,7 +48,7 @@ class Prices:
         """Times of packs of these sizes `[..., kinds]` and loads `[...]`."""
         found = [np.searchsorted(column, sizes[..., k]) for k, column in enumerate(self._columns)]
         index = self._cheapest[np.max(found, axis=0)]
-        long = loads >= LONG_ROWS * sizes[..., self._rows]
+        long = are_long(*((sizes[..., rows], sizes[..., segments]) for rows, segments in self._sets))
         return self._fixed[index] + np.where(long, self._long_slope[index], self._slope[index]) * loads
 
     def bound(self, sizes: np.ndarray, loads: np.ndarray) -> float:
