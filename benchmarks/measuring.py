@@ -73,7 +73,7 @@ def graph_of(encoder: VisionEncoder, pack: Pack) -> CapturedGraph:
     """The graph that a pack replays."""
     engine = encoder.engine
     assert pack.budget is not None
-    return engine.captured(pack.budget, engine.ladder.runs_long(pack.budget, encoder.spec.is_long(pack.counts)))
+    return engine.captured(pack.budget, engine.ladder.runs_long(pack.budget, pack.counts))
 
 
 def replay_time(encoder: VisionEncoder, grids: Sequence[Grid]) -> float:

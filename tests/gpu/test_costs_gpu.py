@@ -42,7 +42,7 @@ def measured_us(encoder: VisionEncoder, packs) -> float:
     total = 0.0
     for pack in packs:
         encoder.engine.stage(pack.budget, [piece.grid for piece in pack.pieces])
-        long = encoder.engine.ladder.runs_long(pack.budget, encoder.spec.is_long(pack.counts))
+        long = encoder.engine.ladder.runs_long(pack.budget, pack.counts)
         replay = encoder.engine.captured(pack.budget, long).replay
         total += statistics.median(elapsed(replay) for _ in range(3))
     return total

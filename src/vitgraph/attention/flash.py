@@ -7,9 +7,11 @@ result's rows past the last segment are zeroed after it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,16 +43,7 @@ class Fa3Attention:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
         import fa3_fwd_interface
 
-        from vitgraph.attention.tail_triton import guard, zero_tail
-
-        guard(v, segments.cu_seqlens)
-        ends, longest = segments.cu_seqlens, segments.max_seqlen
-        out, *_ = fa3_fwd_interface._flash_attn_forward(
-            q, k, v, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=longest, max_seqlen_k=longest,
-            softmax_scale=scale,
-        )  # fmt: skip
-        zero_tail(out, segments.cu_seqlens)
-        return out
+        return _guarded(fa3_fwd_interface._flash_attn_forward, q, k, v, segments, scale)
 
 
 class Fa4Attention:
@@ -75,17 +68,21 @@ class Fa4Attention:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
         from flash_attn.cute import flash_attn_varlen_func
 
-        from vitgraph.attention.tail_triton import guard, zero_tail
+        return _guarded(flash_attn_varlen_func, q, k, v, segments, scale)
 
-        guard(v, segments.cu_seqlens)
-        ends, longest = segments.cu_seqlens, segments.max_seqlen
-        out = flash_attn_varlen_func(
-            q, k, v, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=longest, max_seqlen_k=longest,
-            softmax_scale=scale,
-        )  # fmt: skip
-        out = out[0] if isinstance(out, tuple) else out
-        zero_tail(out, segments.cu_seqlens)
-        return out
+
+def _guarded(kernel: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
+    """The kernel's result, the first one where it has several, with what it needs done before and after."""
+    from vitgraph.attention.tail_triton import guard, zero_tail
+
+    ends, longest = segments.cu_seqlens, segments.max_seqlen
+    guard(v, ends)
+    found = kernel(
+        q, k, v, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=longest, max_seqlen_k=longest, softmax_scale=scale
+    )
+    out: Tensor = found[0] if isinstance(found, (tuple, list)) else found
+    zero_tail(out, ends)
+    return out
 
 
 @cache

@@ -11,31 +11,18 @@ ROWS, COLUMNS = 16, 512
 
 
 @triton.jit
-def _tail_kernel(x_ptr, ends_ptr, last, rows, stride, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """One program zeroes ROWS rows, as far as they lie past the last segment."""
-    first = tl.program_id(0) * ROWS
-    filled = tl.load(ends_ptr + last)
-    if first + ROWS > filled:
-        row = first + tl.arange(0, ROWS)
-        row_mask = (row >= filled) & (row < rows)
-        row = row.to(tl.int64)
-        for start in range(0, WIDTH, COLUMNS):
-            column = start + tl.arange(0, COLUMNS)
-            mask = row_mask[:, None] & (column < WIDTH)[None, :]
-            zeros = tl.zeros([ROWS, COLUMNS], x_ptr.dtype.element_ty)
-            tl.store(x_ptr + row[:, None] * stride + column[None, :], zeros, mask=mask)
-
-
-@triton.jit
 def _guard_kernel(
-    x_ptr, ends_ptr, last, rows, stride, LARGEST: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    x_ptr, ends_ptr, last, rows, stride, BOUND: tl.constexpr, LARGEST: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One program guards ROWS rows: it reads them, and writes what must change. In a pack of one segment nothing has a
-    neighbour, so only its tail is looked at."""
+    """One program guards ROWS rows: it reads them, and writes what must change. Before the tail that is nothing without
+    BOUND, or in a pack of one segment, where nothing has a neighbour."""
     first = tl.program_id(0) * ROWS
     filled = tl.load(ends_ptr + last)
-    if (tl.load(ends_ptr + 1) < filled) | (first + ROWS > filled):
+    has_work = first + ROWS > filled
+    if BOUND:
+        has_work |= tl.load(ends_ptr + 1) < filled
+    if has_work:
         row = first + tl.arange(0, ROWS)
         tail = (row >= filled)[:, None]
         row_mask = (row < rows)[:, None]
@@ -45,8 +32,10 @@ def _guard_kernel(
             mask = row_mask & (column < WIDTH)[None, :]
             at = x_ptr + row[:, None] * stride + column[None, :]
             x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-            bounded = tl.where(x != x, LARGEST, tl.minimum(tl.maximum(x, -LARGEST), LARGEST))
-            kept = tl.where(tail, 0.0, bounded)
+            kept = x
+            if BOUND:
+                kept = tl.where(x != x, LARGEST, tl.minimum(tl.maximum(x, -LARGEST), LARGEST))
+            kept = tl.where(tail, 0.0, kept)
             tl.store(at, kept.to(x_ptr.dtype.element_ty), mask=mask & (kept != x))
 
 
@@ -59,12 +48,7 @@ def guard(x: Tensor, cu_seqlens: Tensor) -> None:
         x: `[T, H, Dh]`; a row's values lie one after another.
         cu_seqlens: `[S + 1]` int32 on the same device.
     """
-    rows, heads, head_dim = x.shape
-    assert x.stride()[1:] == (head_dim, 1), "a row's heads must lie one after another"
-    _guard_kernel[(triton.cdiv(rows, ROWS),)](
-        x, cu_seqlens, cu_seqlens.shape[0] - 1, rows, x.stride(0), LARGEST=torch.finfo(x.dtype).max,
-        WIDTH=heads * head_dim, ROWS=ROWS, COLUMNS=COLUMNS,
-    )  # fmt: skip
+    _launch(x, cu_seqlens, bound=True)
 
 
 def zero_tail(x: Tensor, cu_seqlens: Tensor) -> None:
@@ -74,8 +58,13 @@ def zero_tail(x: Tensor, cu_seqlens: Tensor) -> None:
         x: `[T, H, Dh]`; a row's values lie one after another.
         cu_seqlens: `[S + 1]` int32 on the same device.
     """
+    _launch(x, cu_seqlens, bound=False)
+
+
+def _launch(x: Tensor, cu_seqlens: Tensor, bound: bool) -> None:
     rows, heads, head_dim = x.shape
     assert x.stride()[1:] == (head_dim, 1), "a row's heads must lie one after another"
-    _tail_kernel[(triton.cdiv(rows, ROWS),)](
-        x, cu_seqlens, cu_seqlens.shape[0] - 1, rows, x.stride(0), WIDTH=heads * head_dim, ROWS=ROWS, COLUMNS=COLUMNS
-    )
+    _guard_kernel[(triton.cdiv(rows, ROWS),)](
+        x, cu_seqlens, cu_seqlens.shape[0] - 1, rows, x.stride(0), BOUND=bound, LARGEST=torch.finfo(x.dtype).max,
+        WIDTH=heads * head_dim, ROWS=ROWS, COLUMNS=COLUMNS,
+    )  # fmt: skip

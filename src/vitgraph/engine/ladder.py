@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vitgraph.attention.base import VarlenAttention, has_own_graph
 from vitgraph.config import EncoderConfig
+from vitgraph.core import Counts
 from vitgraph.engine.buffers import Arena, MetadataLayout, StaticBuffers
 from vitgraph.engine.graph import CapturedGraph, GraphPool
 from vitgraph.models.contract import TowerBuffers, TowerSpec
@@ -84,14 +85,17 @@ class Ladder:
             self._arena = Arena(self._spec, self.budgets[-1].capacity, nbytes, self._device, self._dtype)
         return self._arena
 
-    def runs_long(self, index: int, is_long: bool) -> bool:
+    def runs_long(self, index: int, counts: Counts) -> bool:
         """Whether a pack runs the budget's second form, with the kernel for packs of one or of long segments.
 
         Args:
             index: of the budget.
-            is_long: whether the pack is such; see `TowerSpec.is_long`.
+            counts: rows of each kind that the pack fills.
         """
-        return is_long and has_own_graph(self._attention, self.budgets[index].capacity["patch"])
+        return self._spec.is_long(counts) and self._has_long(index)
+
+    def _has_long(self, index: int) -> bool:
+        return has_own_graph(self._attention, self.budgets[index].capacity["patch"])
 
     def graph(self, index: int, long: bool = False) -> CapturedGraph:
         """A captured budget's graph; see `runs_long`."""
@@ -171,7 +175,7 @@ class Ladder:
         graph = self._pool.capture(self._forward, buffers.inputs, buffers.outputs, warm_up)
         self.graphs[index] = graph
         # Asked after the warm-up, in which the attention measures its kernels.
-        if self.runs_long(index, is_long=True):
+        if self._has_long(index):
             self.long[index] = self._pool.capture(self._forward, buffers.long, buffers.outputs, warm_up)
         self.capture_seconds += time.perf_counter() - start
         level = logging.INFO if self._config.verbose else logging.DEBUG

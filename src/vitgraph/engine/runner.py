@@ -119,7 +119,7 @@ class PackRunner:
         kept = buffers.arena.holds
         if kept is None:
             return None
-        long = self._ladder.runs_long(pack.budget, self._spec.is_long(pack.counts))
+        long = self._ladder.runs_long(pack.budget, pack.counts)
         graph = self._graph(pack.budget, long)
         if self._on_device and graph is None:
             return None
@@ -184,7 +184,7 @@ class PackRunner:
             self._staging.fill_pack(buffers, pack, pixels, stream)
             # Asked before the question which form runs: a first capture may decide that.
             captured = use_graph and self._has_graph(pack, budget)
-            long = self._ladder.runs_long(budget, self._spec.is_long(pack.counts))
+            long = self._ladder.runs_long(budget, pack.counts)
             if captured:
                 self._ladder.graph(budget, long).replay()
                 self._counters.stats.graph_replays += 1

@@ -60,9 +60,7 @@ def add_table(x: Tensor, table: Tensor, index: Tensor, weight: Tensor) -> Tensor
 
 def fuses_residual(x: Tensor, norm: nn.Module) -> bool:
     """Whether `fused_norm` and `add_norm` have a kernel for this input and norm; torch.compile fuses by itself."""
-    if not (x.is_cuda and HAS_TRITON and x.dtype in HALF_DTYPES) or torch.compiler.is_compiling():
-        return False
-    return isinstance(norm, (nn.LayerNorm, RMSNorm))
+    return _has_kernel(x) and x.dtype in HALF_DTYPES and isinstance(norm, (nn.LayerNorm, RMSNorm))
 
 
 def fused_norm(x: Tensor, norm: nn.Module) -> Tensor:

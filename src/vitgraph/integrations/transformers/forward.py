@@ -16,6 +16,7 @@ from vitgraph.config import EncoderConfig
 from vitgraph.errors import EngineReleasedError, FallbackError, PatchError, UnsupportedModuleError
 from vitgraph.integrations.transformers.backend import Backend
 from vitgraph.integrations.transformers.fallbacks import CAPTURING, COMPILING, refuse_state
+from vitgraph.integrations.transformers.surroundings import is_capturing
 from vitgraph.integrations.transformers.watch import HookWatch, TreeWatch
 
 logger = logging.getLogger("vitgraph")
@@ -94,7 +95,7 @@ class AcceleratedForward:
     def _refuse(self, arguments: dict[str, Any]) -> str:
         if torch.jit.is_tracing():
             return COMPILING
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if is_capturing():
             return CAPTURING
         reason = refuse_state(self.module, arguments, getattr(self.backend, "records", ()))
         if reason:
