@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from vitgraph.attention.base import Segments, tile_bound, write_tiles
+from vitgraph.capture import capturing
 
 RUNS = 5
 CALLS = 4
@@ -49,12 +50,9 @@ def device_time(call: Callable[[], object]) -> float:
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        graph.capture_begin(capture_error_mode="thread_local")
-        try:
+        with capturing(graph, torch.device("cuda", torch.cuda.current_device()), torch.cuda.graph_pool_handle()):
             for _ in range(CALLS):
                 call()
-        finally:
-            graph.capture_end()
         best = min(elapsed(graph.replay) for _ in range(RUNS)) / CALLS
     torch.cuda.current_stream().wait_stream(stream)
     return best

@@ -1,16 +1,16 @@
-"""Capture: the one place that knows CUDA graphs."""
+"""Graphs of a tower's forward, in one memory pool."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
+from vitgraph.capture import capturing
 from vitgraph.models.contract import TowerBuffers
 
 Forward = Callable[[TowerBuffers], Sequence[Tensor]]
@@ -78,28 +78,12 @@ class GraphPool:
                 forward(inputs)
             self._stream.synchronize()
             before = torch.cuda.mem_get_info(self._device)[0]
-            with self._captured(graph):
+            with capturing(graph, self._device, self._pool):
                 copy_outputs(outputs, forward(inputs))
         nbytes = max(before - torch.cuda.mem_get_info(self._device)[0], 0)
         self.nbytes += nbytes
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
         return CapturedGraph(graph, outputs, time.perf_counter() - start, nbytes)
-
-    @contextmanager
-    def _captured(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
-        """Captures the block; torch.cuda.graph() would also collect garbage and empty the cache of the allocator."""
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-        try:
-            yield
-        finally:
-            try:
-                graph.capture_end()
-            except RuntimeError:
-                # An end that fails leaves the generator and the allocator in the capture. A copy of its state is not.
-                generator = torch.cuda.default_generators[self._device.index]
-                generator.graphsafe_set_state(generator.clone_state())
-                torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
-                raise
 
 
 def copy_outputs(static: tuple[Tensor, ...], results: Sequence[Tensor]) -> tuple[Tensor, ...]:
