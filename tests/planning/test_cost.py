@@ -92,6 +92,21 @@ def rows_of(budgets) -> tuple[int, ...]:
     return tuple(b.capacity["patch"] for b in budgets)
 
 
+def test_the_search_prices_long_segments_as_plans_are_priced() -> None:
+    budgets = ladder(64, 4096)
+    cost = CostModel((100.0, 1000.0), (1e-3, 2e-3), rows_of(budgets), long_slope=(1e-4, 5e-4))
+    kinds = list(budgets[-1].capacity)
+    columns = [[b.capacity[kind] for b in budgets] for kind in kinds]
+    prices = Prices(cost, columns, 0, [(0, kinds.index("segment"))])
+    for items in ([Grid(1, 8, 8)], [Grid(1, 8, 8)] * 2, [Grid(1, 64, 64)] * 3, [Grid(1, 64, 64), Grid(1, 8, 8)]):
+        counts = [RULE.counts(grid) for grid in items]
+        total = np.array([[sum(c[kind] for c in counts) for kind in kinds]])
+        load = sum(load_of(c, RULE.load_sets) for c in counts)
+        index = next(i for i, b in enumerate(budgets) if sum(c["token"] for c in counts) <= b.tokens)
+        want = cost.replay(index, load, RULE.is_long(dict(zip(kinds, total[0], strict=True))))
+        assert prices.of(total, np.array([load])).tolist() == pytest.approx([want])
+
+
 def test_long_segments_are_told_from_counts() -> None:
     rows, segments = np.array([0, 100, 6144, 6144, 9000]), np.array([0, 1, 2, 3, 2])
     want = [False, True, True, False, True]
