@@ -3,9 +3,13 @@
     python benchmarks/host_path.py [--geometry qwen3-vl-8b] [--json FILE]
 
 Needs a CUDA device. Medians over calls of one batch that came before (`known`), and of batches of known sizes that come
-for the first time (`new`), with the GPU idle (each call waits for the one before) and busy (a few calls in flight).
-`before` is plan, metadata, staging, pixel copy and event guard; `launch` the driver's graph launch; `after` the copies
-of the results and their split, while the GPU already works. Then the launch alone, for a few budgets. Random weights.
+for the first time (`new`). `before` is plan, metadata, staging, pixel copy and event guard; `launch` the driver's graph
+launch; `after` the copies of the results and their split, while the GPU already works. Then the launch alone, for a few
+budgets. Random weights.
+
+The GPU is `idle` (each call waits for the one before), `busy` (two calls before it are in flight) or `behind` (the host
+never waits, so calls queue up). A host that waits comes back to cold caches: `python` is the time of the same few lines
+of Python in each state, started where the call would start.
 """
 
 from __future__ import annotations
@@ -30,7 +34,9 @@ PLACES = ("device", "pinned", "pageable")
 HOST_ITEMS = 8
 LAUNCHED_TOKENS = (64, 256, 1024, 4096)
 MOST_PATCHES = 8192
-RUNS, WARMUP, IN_FLIGHT = 60, 5, 3
+RUNS, WARMUP = 60, 5
+IN_FLIGHT = {"idle": 0, "busy": 2, "behind": RUNS + WARMUP}
+"""State of the GPU -> calls that may be in flight when another one starts."""
 
 Call = tuple[torch.Tensor, list[Grid]]
 Launches = list[tuple[float, float]]
@@ -49,11 +55,12 @@ class Watched:
         return outputs
 
 
-def paced(calls: Iterable[Callable[[], object]], busy: bool) -> Iterator[tuple[float, float]]:
-    """Start and end of each call, seconds, on an idle GPU or with a few calls before it in flight."""
+def paced(calls: Iterable[Callable[[], object]], gpu: str) -> Iterator[tuple[float, float]]:
+    """Start and end of each call, seconds, the GPU in one of the states of IN_FLIGHT."""
     in_flight: deque[torch.cuda.Event] = deque()
+    torch.cuda.synchronize()
     for call in calls:
-        while len(in_flight) > (IN_FLIGHT - 1 if busy else 0):
+        while len(in_flight) > IN_FLIGHT[gpu]:
             _wait(in_flight.popleft())
         start = time.perf_counter()
         call()
@@ -61,6 +68,11 @@ def paced(calls: Iterable[Callable[[], object]], busy: bool) -> Iterator[tuple[f
         in_flight.append(torch.cuda.Event())
         in_flight[-1].record()
         yield start, end
+
+
+def some_python() -> list[tuple[int, int]]:
+    """Work that touches nothing of vitgraph, torch or the driver; about 10 us where the caches are warm."""
+    return [(number, number + 1) for number in range(200)]
 
 
 def _wait(event: torch.cuda.Event) -> None:
@@ -101,33 +113,48 @@ def make_calls(encoder: VisionEncoder, items: int, place: str, fresh: bool) -> l
 
 
 def line(
-    encoder: VisionEncoder, launches: Launches, items: int, place: str, fresh: bool, busy: bool
+    encoder: VisionEncoder, launches: Launches, items: int, place: str, fresh: bool, gpu: str
 ) -> dict[str, object]:
     """One line of the table. Where a batch needs several packs, `launch` is that of the first."""
     calls = make_calls(encoder, items, place, fresh)
     times = []
     launches.clear()
-    for start, end in paced([partial(encoder.encode_patches, *call) for call in calls], busy):
+    for start, end in paced([partial(encoder.encode_patches, *call) for call in calls], gpu):
         launched, done = launches[0]
         times.append((launched - start, done - launched, end - done))
         launches.clear()
     before, launch, after = (statistics.median(t[k] for t in times[WARMUP:]) * 1e6 for k in range(3))
     return {
-        "items": items, "pixels": place, "batch": "new" if fresh else "known", "gpu": "busy" if busy else "idle",
+        "items": items, "pixels": place, "batch": "new" if fresh else "known", "gpu": gpu,
         "before_us": before, "launch_us": launch, "after_us": after, "before_and_launch_us": before + launch,
     }  # fmt: skip
 
 
-def launch_line(encoder: VisionEncoder, tokens: int, busy: bool) -> dict[str, object]:
+def python_line(encoder: VisionEncoder, items: int, gpu: str) -> float:
+    """Microseconds of `some_python` where a call of so many items would start."""
+    times = []
+
+    def call(pixels: torch.Tensor, grids: list[Grid]) -> None:
+        start = time.perf_counter()
+        some_python()
+        times.append(time.perf_counter() - start)
+        encoder.encode_patches(pixels, grids)
+
+    for _ in paced([partial(call, *one) for one in make_calls(encoder, items, "device", False)], gpu):
+        pass
+    return statistics.median(times[WARMUP:]) * 1e6
+
+
+def launch_line(encoder: VisionEncoder, tokens: int, gpu: str) -> dict[str, object]:
     """Host time of a graph's launch alone, for the smallest budget of at least so many tokens."""
     index = next(
         i for i, budget in enumerate(encoder.budgets) if budget.tokens >= tokens or budget is encoder.budgets[-1]
     )
     encoder.engine.stage(index, usual_items(encoder.spec, encoder.budgets[index]))
     replay = encoder.engine.captured(index).replay
-    times = [end - start for start, end in paced([replay] * (WARMUP + RUNS), busy)]
+    times = [end - start for start, end in paced([replay] * (WARMUP + RUNS), gpu)]
     return {
-        "tokens": encoder.budgets[index].tokens, "gpu": "busy" if busy else "idle",
+        "tokens": encoder.budgets[index].tokens, "gpu": gpu,
         "launch_us": statistics.median(times[WARMUP:]) * 1e6,
     }  # fmt: skip
 
@@ -137,23 +164,28 @@ def main() -> None:
     # Strict: every call replays graphs.
     with make_encoder(chosen.geometry, strict=True) as encoder:
         encoder.capture(progress=False)
-        alone = [launch_line(encoder, tokens, busy) for tokens in LAUNCHED_TOKENS for busy in (False, True)]
+        alone = [launch_line(encoder, tokens, gpu) for tokens in LAUNCHED_TOKENS for gpu in IN_FLIGHT]
+        python = {items: {gpu: python_line(encoder, items, gpu) for gpu in IN_FLIGHT} for items in ITEMS}
         launches: Launches = []
         for graphs in (encoder.engine.ladder.graphs, encoder.engine.ladder.long):
             for index, graph in list(graphs.items()):
                 graphs[index] = Watched(graph, launches)  # type: ignore[assignment]
-        kinds = [(n, "device", fresh) for n in ITEMS for fresh in (False, True)]
-        kinds += [(HOST_ITEMS, place, False) for place in PLACES[1:]]
-        lines = [line(encoder, launches, *kind, busy) for kind in kinds for busy in (False, True)]
+        lines = [line(encoder, launches, n, "device", False, gpu) for n in ITEMS for gpu in IN_FLIGHT]
+        # What is staged waits for its slot: two calls may be in flight, no more.
+        kinds = [(n, "device", True) for n in ITEMS] + [(HOST_ITEMS, place, False) for place in PLACES[1:]]
+        lines += [line(encoder, launches, *kind, gpu) for kind in kinds for gpu in ("idle", "busy")]
     for r in lines:
         print(
-            f"{r['items']:3} items, {r['batch']:5} batch, pixels {r['pixels']:8} gpu {r['gpu']}  "
+            f"{r['items']:3} items, {r['batch']:5} batch, pixels {r['pixels']:8} gpu {r['gpu']:6}  "
             f"before {r['before_us']:7.1f} us  launch {r['launch_us']:6.1f} us  after {r['after_us']:7.1f} us  "
             f"before + launch {r['before_and_launch_us']:7.1f} us"
         )
     for r in alone:
-        print(f"launch alone, {r['tokens']:5} tokens, gpu {r['gpu']}  {r['launch_us']:6.1f} us")
-    write_report(chosen.json, {"calls": lines, "launches": alone}, geometry=chosen.geometry)
+        print(f"launch alone, {r['tokens']:5} tokens, gpu {r['gpu']:6}  {r['launch_us']:6.1f} us")
+    for items, times in python.items():
+        print(f"python, {items:3} items  " + "  ".join(f"gpu {gpu} {us:5.1f} us" for gpu, us in times.items()))
+    results = {"calls": lines, "launches": alone, "python_us": python}
+    write_report(chosen.json, results, geometry=chosen.geometry)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
 from unittest.mock import patch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vitgraph import VisionEncoder
 from vitgraph.attention import triton_varlen
+from vitgraph.engine import engine
 from vitgraph.engine.blocks import BlockCache
 from vitgraph.layers import block, mlp, overlap, pos_embed_triton
 from vitgraph.layers.ops import Activation
@@ -40,6 +41,7 @@ PATCHES: dict[str, tuple[ModuleType, str, Any]] = {
     "fused norm and residual": (block, "fuses_residual", lambda _x, _norm: False),
     "rotary kernel": (block, "rotate_qk", apply_rotary),
     "GELU epilogue": (mlp, "linear_gelu_tanh", _gelu_after_linear),
+    "no GEMM workspace": (engine, "without_workspace", nullcontext),
     "padded MLP": (mlp, "ALIGNED", 1),
     "gate kernel": (mlp, "gate", _gate),
     "position table kernel": (pos_embed_triton, "add_table_in_place", _add_table),
@@ -57,8 +59,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 KEPT_METADATA = "metadata on the device"
 ORDER = ("graph", "Triton attention", "TMA loads", "fused norm and residual", "rotary kernel", "GELU epilogue",
-         "padded MLP", "gate kernel", "position table kernel", "side stream", "FlashAttention wheels", "fine ladder",
-         KEPT_METADATA)  # fmt: skip
+         "no GEMM workspace", "padded MLP", "gate kernel", "position table kernel", "side stream",
+         "FlashAttention wheels", "fine ladder", KEPT_METADATA)  # fmt: skip
 """As a waterfall adds them. Without wheels the step that adds them changes nothing."""
 
 

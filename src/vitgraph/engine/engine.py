@@ -30,6 +30,7 @@ from vitgraph.layers.block import Attention
 from vitgraph.models.contract import Tower, TowerBuffers
 from vitgraph.planning.budgets import Budget
 from vitgraph.planning.packing import Planner
+from vitgraph.workspace import without_workspace
 
 __all__ = ["Engine", "Mode", "Outputs", "Progress"]
 
@@ -270,7 +271,8 @@ class Engine:
 
     def _forward(self, inputs: TowerBuffers) -> Outputs:
         before = _version(inputs)
-        result = self.tower(inputs)
+        with without_workspace(self.device):
+            result = self.tower(inputs)
         if before is None or before != _version(inputs):
             self.staging.metadata_is_only_read = False
         return result if isinstance(result, tuple) else (result,)
