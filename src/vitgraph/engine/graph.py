@@ -77,10 +77,13 @@ class GraphPool:
             if warm_up:
                 forward(inputs)
             self._stream.synchronize()
-            before = torch.cuda.mem_get_info(self._device)[0]
+            free = torch.cuda.mem_get_info(self._device)[0]
+            reserved = torch.cuda.memory_reserved(self._device)
             with capturing(graph, self._device, self._pool):
                 copy_outputs(outputs, forward(inputs))
-        nbytes = max(before - torch.cuda.mem_get_info(self._device)[0], 0)
+        # Other processes move what is free, and the allocator does not see what the driver takes for the graph.
+        grown = torch.cuda.memory_reserved(self._device) - reserved
+        nbytes = max(free - torch.cuda.mem_get_info(self._device)[0], grown, 0)
         self.nbytes += nbytes
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
         return CapturedGraph(graph, outputs, time.perf_counter() - start, nbytes)
