@@ -238,21 +238,23 @@ COMPILE_SCRIPT = """
 import torch
 from torch._dynamo.utils import counters
 from vitgraph import EncoderConfig, VisionEncoder
-config = EncoderConfig(compile=True, budgets=(64, 160))
+config = EncoderConfig(compile=True, budgets=(64, 160, 320, 640))
 with VisionEncoder.from_config("qwen3_vl", device="cuda", config=config) as encoder:
     encoder.capture(progress=False)
-print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"])
+kinds = "fxgraph_cache_hit", "fxgraph_cache_miss"
+print(*(counters["inductor"][kind] for kind in kinds), counters["stats"]["unique_graphs"])
 """
 
 
-def test_a_second_process_reuses_compiled_code_from_disk(tmp_path) -> None:
+def test_one_compiled_code_serves_all_budgets_and_a_second_process_reuses_it_from_disk(tmp_path) -> None:
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     counts = []
     for _ in range(2):
         run = subprocess.run([sys.executable, "-c", COMPILE_SCRIPT], env=environment, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
         counts.append([int(n) for n in run.stdout.split()])
-    (_, first_misses), (hits, misses) = counts
+    (_, first_misses, first_codes), (hits, misses, codes) = counts
+    assert first_codes == codes == 1
     assert first_misses > 0
     assert hits > 0
     assert misses == 0

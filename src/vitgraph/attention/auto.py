@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vitgraph.attention.base import Segments, VarlenAttention, tune
 from vitgraph.attention.choices import choice_key, measure_once
+from vitgraph.attention.opaque import attend_opaquely, handle_of
 from vitgraph.attention.trial import Time, device_time, nearest_class, segments_of
 
 logger = logging.getLogger("vitgraph")
@@ -56,6 +57,7 @@ class AutoAttention:
         self._device, self._dtype = device, dtype
         self._time = time
         self._chosen: dict[int, VarlenAttention] = {}
+        self._handle = handle_of(self)
 
     def block(self, rows: int, longest: int) -> int:
         return self.own.block(rows, longest)
@@ -70,8 +72,7 @@ class AutoAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
         if torch.compiler.is_compiling():
-            # Compiled code needs an operator that the compiler knows.
-            return self.own(q, k, v, segments, scale)
+            return attend_opaquely(self._handle, q, k, v, segments, scale)
         if not self._chosen and not torch.cuda.is_current_stream_capturing():
             self._choose(q.shape[1], q.shape[2])
         backend = self._choice(q.shape[0]) if segments.long else self.own

@@ -8,7 +8,6 @@ Shapes: T rows, H heads, Dh head dim.
 
 from __future__ import annotations
 
-from dataclasses import astuple
 from functools import cache
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from vitgraph.attention.base import Segments
 from vitgraph.attention.kernel_configs import KernelConfig, KernelConfigs
+from vitgraph.attention.opaque import attend_opaquely, handle_of
 from vitgraph.attention.trial import device_time
 
 LOG2_E = 1.4426950408889634
@@ -238,16 +238,6 @@ def _descriptor(x: Tensor, rows: int, columns: int, keys: int, wide: int) -> Any
     return TensorDescriptor(x, [rows, columns], [x.stride(0), 1], [keys, wide])
 
 
-@torch.library.custom_op("vitgraph::varlen_attention", mutates_args=())
-def _varlen_op(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, config: list[int], scale: float) -> Tensor:
-    return launch(q, k, v, tiles, KernelConfig(*config), scale, has_tma(q.device))
-
-
-@_varlen_op.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, config: list[int], scale: float) -> Tensor:
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
-
-
 class TritonVarlenAttention:
     """Packed attention in one Triton kernel over the tile schedule. bf16 and fp16; any Dh up to 256."""
 
@@ -255,6 +245,7 @@ class TritonVarlenAttention:
 
     def __init__(self) -> None:
         self._configs = KernelConfigs()
+        self._handle = handle_of(self)
 
     def block(self, rows: int, longest: int) -> int:
         return self._configs.choose(rows, longest).block
@@ -265,6 +256,8 @@ class TritonVarlenAttention:
         self._configs.tune(_run, heads, head_dim, device, dtype, gpu, device_time)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
+        if torch.compiler.is_compiling():
+            return attend_opaquely(self._handle, q, k, v, segments, scale)
         config = self._configs.choose(q.shape[0], segments.max_seqlen)
         if config.block != segments.block:
             config = KernelConfig(segments.block)
@@ -273,6 +266,4 @@ class TritonVarlenAttention:
 
 def _run(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, config: KernelConfig) -> Tensor:
     assert segments.tiles is not None, "the Triton backend needs a tile schedule"
-    if torch.compiler.is_compiling():
-        return _varlen_op(q, k, v, segments.tiles, list(astuple(config)), scale)
     return launch(q, k, v, segments.tiles, config, scale, has_tma(q.device))

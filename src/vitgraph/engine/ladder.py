@@ -149,11 +149,8 @@ class Ladder:
     def _warm_ups(self, order: Sequence[int]) -> set[int]:
         """Budgets that run once before capture: the largest, the smallest, and the first with each tile size.
 
-        A warm-up compiles kernels and makes workspaces; the other budgets use the same ones. Code of torch.compile may
-        choose kernels by size, so there every budget runs once.
+        A warm-up compiles kernels and makes workspaces; the other budgets use the same ones.
         """
-        if self._config.compile:
-            return set(order)
         blocks = {tuple(s.block for s in self._layouts[index].schedules): index for index in sorted(order)}
         return {order[0], order[-1], *blocks.values()}
 
@@ -172,12 +169,24 @@ class Ladder:
             return False
         start = time.perf_counter()
         buffers = self.static(index)
-        graph = self._pool.capture(self._forward, buffers.inputs, buffers.outputs, warm_up)
+        graph = self._graph_of(self._pool, buffers.inputs, buffers.outputs, warm_up)
         self.graphs[index] = graph
         # Asked after the warm-up, in which the attention measures its kernels.
         if self._has_long(index):
-            self.long[index] = self._pool.capture(self._forward, buffers.long, buffers.outputs, warm_up)
+            self.long[index] = self._graph_of(self._pool, buffers.long, buffers.outputs, warm_up)
         self.capture_seconds += time.perf_counter() - start
         level = logging.INFO if self._config.verbose else logging.DEBUG
         logger.log(level, "captured %d tokens in %.1f ms, %.1f MB", tokens, graph.seconds * 1e3, graph.nbytes / 1e6)
         return True
+
+    def _graph_of(
+        self, pool: GraphPool, inputs: TowerBuffers, outputs: tuple[Tensor, ...], warm_up: bool
+    ) -> CapturedGraph:
+        """A graph of the forward. A capture without warm-up that fails is tried again with one: torch.compile may make
+        code of its own for some sizes, whose first run measures kernels."""
+        if not warm_up:
+            try:
+                return pool.capture(self._forward, inputs, outputs, warm_up=False)
+            except RuntimeError as error:
+                logger.debug("capture without a warm-up failed, warming up: %s", error)
+        return pool.capture(self._forward, inputs, outputs)
