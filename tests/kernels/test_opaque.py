@@ -73,13 +73,28 @@ def test_packs_of_long_segments_reach_the_backend_as_such() -> None:
     handle = handle_of(own)
 
     def block(qkv: Tensor, segments: Segments) -> Tensor:
-        return attend_opaquely(handle, *qkv.unbind(1), segments, 0.25)
+        return attend_opaquely(handle, *qkv.unbind(1), segments, 0.25, segments.long)
 
     compiled = torch.compile(block, backend=counter, dynamic=True, fullgraph=True)
     for long in (False, True):
         qkv, segments = packed([90], long)
         compiled(qkv, segments)
         assert own.seen[-1] == (93, 64, long)
+
+
+def test_our_kernel_has_one_code_for_packs_of_long_segments_too() -> None:
+    """It does not ask whether segments are long, and an eager pack of one segment must not compile the block anew."""
+    counter = CompileCounterWithBackend("eager")
+    backend = Choosy()
+    handle = handle_of(backend)
+
+    def block(qkv: Tensor, segments: Segments) -> Tensor:
+        return attend_opaquely(handle, *qkv.unbind(1), segments, 0.25)
+
+    compiled = torch.compile(block, backend=counter, dynamic=True, fullgraph=True)
+    for long in (False, True):
+        compiled(*packed([90], long))
+    assert counter.frame_count == 1
 
 
 def test_a_handle_does_not_keep_its_backend() -> None:

@@ -72,7 +72,7 @@ class AutoAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
         if torch.compiler.is_compiling():
-            return attend_opaquely(self._handle, q, k, v, segments, scale)
+            return attend_opaquely(self._handle, q, k, v, segments, scale, segments.long)
         if not self._chosen and not torch.cuda.is_current_stream_capturing():
             self._choose(q.shape[1], q.shape[2])
         backend = self._choice(q.shape[0]) if segments.long else self.own

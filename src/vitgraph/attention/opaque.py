@@ -21,7 +21,9 @@ def handle_of(backend: VarlenAttention) -> int:
     return handle
 
 
-def attend_opaquely(handle: int, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
+def attend_opaquely(
+    handle: int, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, long: bool = False
+) -> Tensor:
     """`backend(q, k, v, segments, scale)`, which torch.compile does not look into.
 
     The backend chooses its kernel when the operator runs. Were the choice traced, each of its outcomes would compile
@@ -30,9 +32,10 @@ def attend_opaquely(handle: int, q: Tensor, k: Tensor, v: Tensor, segments: Segm
     Args:
         handle: from `handle_of`.
         q, k, v, segments, scale: see `VarlenAttention`; `segments.lengths` does not pass.
+        long: `segments.long`, from a backend that asks: torch.compile makes code of its own for either value.
     """
     return _attend(
-        handle, q, k, v, segments.cu_seqlens, segments.tiles, segments.max_seqlen, segments.block, segments.long, scale
+        handle, q, k, v, segments.cu_seqlens, segments.tiles, segments.max_seqlen, segments.block, long, scale
     )
 
 
