@@ -70,20 +70,37 @@ def test_all_memory_is_shared_but_what_is_reported_as_copied(name: str) -> None:
     assert copies == sum(p.nbytes for p in apart.values()) and bool(copies) is (name in COPIED)
 
 
+STEPS = {"plain": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
+
+
 @pytest.mark.parametrize("name", ["qwen3_vl", *COPIED])
-def test_weights_that_change_in_place_are_seen_by_the_next_call(name: str) -> None:
+@pytest.mark.parametrize("step", STEPS)
+def test_weights_that_change_in_place_are_seen_by_the_next_call(name: str, step: str) -> None:
     _, tower = accelerated(name)
     first = check(tower, name, calls=1)
     tower.load_state_dict(vision_module(MODELS[name].make(seed=1)).state_dict())
     second = check(tower, name, calls=2)
     for parameter in tower.parameters():
         parameter.grad = torch.ones_like(parameter)
-    torch.optim.SGD(tower.parameters(), lr=0.01).step()
+    torch.optim.SGD(tower.parameters(), lr=0.01, **STEPS[step]).step()
     third = check(tower, name, calls=3)
     randomise(tower, seed=2)
     fourth = check(tower, name, calls=4)
     results = (first, second, third, fourth)
     assert all(not torch.allclose(a, b, rtol=1e-3) for a, b in pairwise(results))
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad])
+def test_every_step_of_a_fused_optimiser_is_seen(optimizer: type[torch.optim.Optimizer]) -> None:
+    """They write weights without raising their version counters."""
+    _, tower = accelerated("internvl")
+    check(tower, "internvl", calls=1)
+    stepping = optimizer(tower.parameters(), lr=0.01, fused=True)
+    for calls in (2, 3):
+        for parameter in tower.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        stepping.step()
+        check(tower, "internvl", calls)
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl", "internvl"])

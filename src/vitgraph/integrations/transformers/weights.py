@@ -8,12 +8,37 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from vitgraph.errors import UnsupportedModuleError
 from vitgraph.models.layout import Layout, Transform
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MOST_NAMES = 4
+
+
+class OptimizerSteps:
+    """Notices that an optimiser of this process has stepped: fused ones do not raise the version counters of weights.
+
+    Attributes:
+        last: another object after every step.
+    """
+
+    def __init__(self) -> None:
+        self.last = object()
+        self._watched = False
+
+    def watch(self) -> None:
+        """Starts to notice steps, of all optimisers and for good; doing it again changes nothing."""
+        if not self._watched:
+            self._watched = True
+            register_optimizer_step_post_hook(self._note)
+
+    def _note(self, *_: object) -> None:
+        self.last = object()
+
+
+STEPS = OptimizerSteps()
 
 
 @dataclass(frozen=True)
@@ -41,10 +66,11 @@ class TowerWeights:
     shared_bytes: int = 0
     copied_bytes: int = 0
     derived: list[Derived] = field(default_factory=list)
-    _versions: list[int] = field(default_factory=list)
+    _versions: list[object] = field(default_factory=list)
 
     def changed(self) -> bool:
-        """Whether a source of a copy was written in place since. Writes through `.data` do not show."""
+        """Whether a source of a copy may have been written in place since: by what raises its version counter, or by an
+        optimiser. Writes through `.data` do not show."""
         return bool(self.derived) and self._versions != self._count()
 
     @torch.no_grad()
@@ -58,8 +84,8 @@ class TowerWeights:
         """Takes the sources as they are now for what the copies were made from."""
         self._versions = self._count()
 
-    def _count(self) -> list[int]:
-        return [source._version for entry in self.derived for source in entry.sources]
+    def _count(self) -> list[object]:
+        return [STEPS.last, *(source._version for entry in self.derived for source in entry.sources)]
 
 
 def place_of(module: nn.Module) -> tuple[torch.device, torch.dtype]:
@@ -124,6 +150,8 @@ def bind(tower: nn.Module, module: nn.Module, layouts: Iterable[Layout]) -> Towe
         for name, buffer in list(owner._buffers.items()):
             if buffer is not None:
                 owner._buffers[name] = buffer.to(weights.device)
+    if weights.derived:
+        STEPS.watch()
     weights.remember()
     return weights
 
