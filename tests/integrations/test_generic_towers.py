@@ -117,6 +117,24 @@ def test_accelerate_takes_the_module_and_restore_gives_it_back(case: Case) -> No
     assert all(torch.equal(restored[name], tensor) for name, tensor in expected.items())
 
 
+RETURNING = [case for case in CAPTURED if case.folder in ("cohere_compass", "qwen3_vl", "clip", "idefics2", "siglip")]
+
+
+@pytest.mark.parametrize("case", RETURNING, ids=str)
+def test_a_module_that_returns_tuples_by_its_config_goes_on_to_do_so(case: Case) -> None:
+    module = build(case)
+    module.config.return_dict = False
+    arguments = case.arguments(module, seed=2, pictures=3)
+    with torch.no_grad():
+        expected = module(**arguments)
+        with vitgraph.accelerated(module, CONFIG if case.grids else PICTURE_CONFIG, backend="generic"):
+            found = module(**arguments)
+            (report,) = vitgraph.acceleration(module).modules.values()
+    assert type(found) is type(expected) is tuple
+    assert_close(tensors_of(found), tensors_of(expected))
+    assert report.calls == 1 and not report.fallbacks and module.config.return_dict is False
+
+
 @pytest.mark.parametrize("case", [GRID_CASES[0], GRID_CASES[2], GRID_CASES[9]], ids=str)
 def test_hidden_states_of_packed_rows_are_returned(case: Case) -> None:
     module, backend = captured(case)

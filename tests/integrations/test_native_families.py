@@ -99,10 +99,13 @@ def test_logits_are_equal_and_depend_on_the_pixels(case) -> None:
     assert error(changed, want) > 1e-3
 
 
-@pytest.mark.parametrize("as_tuple", [False, True], ids=["class", "tuple"])
-def test_the_tower_returns_the_same_classes_and_fields(case, as_tuple: bool) -> None:
+@pytest.mark.parametrize("asks", ["class", "tuple", "tuple by config"])
+def test_the_tower_returns_the_same_classes_and_fields(case, asks: str, monkeypatch) -> None:
     name, model = case
-    tower, flags = vision_module(model), {"return_dict": False} if as_tuple else {}
+    tower, flags = vision_module(model), {"return_dict": False} if asks == "tuple" else {}
+    if asks == "tuple by config":
+        for config in {id(m.config): m.config for m in tower.modules() if hasattr(m, "config")}.values():
+            monkeypatch.setattr(config, "return_dict", False)
     for grids in (grids_of(name), IMAGES[:1]):
         inputs = tower_inputs(name, grids)
         with torch.no_grad():
@@ -110,7 +113,7 @@ def test_the_tower_returns_the_same_classes_and_fields(case, as_tuple: bool) -> 
             vitgraph.accelerate(model, CONFIG)
             for _ in range(2):
                 same(tower(**inputs, **flags), want)
-        assert isinstance(want, tuple) is as_tuple
+        assert isinstance(want, tuple) is (asks != "class")
         assert vitgraph.acceleration(model).fallbacks == {}
         vitgraph.restore(model)
 

@@ -31,7 +31,7 @@ def disagreement(module: nn.Module, arguments: Mapping[str, Any], grid: Grid, ou
         output: what the tower made of the whole call.
     """
     with torch.no_grad():
-        want = type(module).forward(module, **_first_item(arguments, grid))
+        want = type(module).forward(module, **_first_item(arguments, grid), return_dict=True)
     for name, own, theirs in _pairs(output, want):
         theirs = theirs.float()
         error = float((own[: len(theirs)].float() - theirs).norm() / theirs.norm())

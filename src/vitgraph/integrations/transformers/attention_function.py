@@ -8,7 +8,6 @@ Shapes: T rows, H heads, Dh head dim, S segments.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from vitgraph.attention.base import Segments, VarlenAttention
 from vitgraph.errors import UnsupportedModuleError
 from vitgraph.integrations.transformers.host_reads import our_own_code
+from vitgraph.integrations.transformers.shadow import own_config
 
 ATTENTION_NAME = "vitgraph_flash_varlen"
 """Contains "flash": towers then pass packed rows with offsets instead of splitting them on the host."""
@@ -132,10 +132,10 @@ def register() -> None:
 
 
 def with_attention(name: str) -> Callable[[Any], Any]:
-    """A function that copies a config and asks for this attention. The setter would ask for it in its parts, too."""
+    """A function that makes an `own_config` with this attention. The setter would ask for it in its parts, too."""
 
     def configure(config: Any) -> Any:
-        own = copy.copy(config)
+        own = own_config(config)
         own.__dict__["_attn_implementation_internal"] = name
         return own
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 from collections.abc import Container, Iterator, Sequence
@@ -29,7 +28,7 @@ from vitgraph.integrations.transformers.metadata_rules import (
 )
 from vitgraph.integrations.transformers.module_tower import GridTower, segment_counter
 from vitgraph.integrations.transformers.recorder import RecordedCall, record
-from vitgraph.integrations.transformers.shadow import shadow
+from vitgraph.integrations.transformers.shadow import own_config, shadow
 from vitgraph.integrations.transformers.verify import EXAMPLE_FAILS, Place, attempt, example_rows, verify
 from vitgraph.models.contract import SegmentSpec
 
@@ -51,7 +50,7 @@ def grid_tower(module: nn.Module, call: CallForm | None, place: Place, attention
     """
     register()
     refuse_other_arguments(module, (first_parameter(module), "grid_thw"))
-    plain, twin = shadow(module, copy.copy), shadow(module, with_attention(ATTENTION_NAME))
+    plain, twin = shadow(module, own_config), shadow(module, with_attention(ATTENTION_NAME))
     unit = _unit(module.config)
     refused: list[UnsupportedModuleError] = []
     for video in (True, False):

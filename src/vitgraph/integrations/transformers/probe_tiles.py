@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from vitgraph.integrations.transformers.call_forms import CallForm, FullMask, Pi
 from vitgraph.integrations.transformers.leaves import Leaf, OutputForm
 from vitgraph.integrations.transformers.module_tower import TileTower
 from vitgraph.integrations.transformers.probe_grids import CHANNELS, refuse_other_arguments
-from vitgraph.integrations.transformers.shadow import shadow
+from vitgraph.integrations.transformers.shadow import own_config, shadow
 from vitgraph.integrations.transformers.verify import Place, attempt, example_rows, verify
 from vitgraph.models.contract import OutputSpec, TowerSpec
 
@@ -73,7 +72,7 @@ def tile_tower(module: nn.Module, call: CallForm | None, place: Place, attention
     """
     register()
     refuse_other_arguments(module, (first_parameter(module),))
-    plain, whole = shadow(module, copy.copy), shadow(module, with_attention(WHOLE_NAME))
+    plain, whole = shadow(module, own_config), shadow(module, with_attention(WHOLE_NAME))
     refused: list[UnsupportedModuleError] = []
     for form in _call_forms(module) if call is None else (call,):
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,13 @@ def shadow(module: nn.Module, configure: Callable[[Any], Any] | None = None) -> 
     configs: dict[int, Any] = {}
     weight = next(module.parameters(), None)
     return _shadow(module, configure, made, configs, None if weight is None else weight.device)
+
+
+def own_config(config: Any) -> Any:
+    """A copy of a module's config under which it returns its output class, where the original may ask for tuples."""
+    own = copy.copy(config)
+    own.__dict__["return_dict"] = True
+    return own
 
 
 def copied_bytes(module: nn.Module, twin: nn.Module) -> int:
