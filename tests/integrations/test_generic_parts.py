@@ -14,7 +14,7 @@ from torch import Tensor, nn
 pytest.importorskip("transformers")
 
 import vitgraph
-from vision_modules import GRID_CASES, TILE_CASES, Case, randomize, tensors_of
+from vision_modules import ADDS_FRAMES, GRID_CASES, TILE_CASES, Case, randomize, tensors_of
 from vitgraph.attention.base import Segments
 from vitgraph.attention.sdpa import SdpaAttention
 from vitgraph.config import EncoderConfig
@@ -32,7 +32,7 @@ from vitgraph.integrations.transformers.generic import (
 from vitgraph.integrations.transformers.host_reads import HostRead, UnreadGrid, our_own_code, refuse_host_reads
 from vitgraph.integrations.transformers.leaves import OutputForm, find_leaves
 from vitgraph.integrations.transformers.probe_tiles import tile_settings
-from vitgraph.integrations.transformers.recorder import record
+from vitgraph.integrations.transformers.recorder import RecordedCall, record
 from vitgraph.integrations.transformers.shadow import copied_bytes, shadow
 from vitgraph.integrations.transformers.surroundings import made_on, unnoticed_capture
 
@@ -129,11 +129,22 @@ def test_rows_and_grids_that_do_not_fit_are_left_to_the_module() -> None:
     pixels = arguments["pixel_values"]
     with pytest.raises(PatchError, match="rows for grids"):
         backend.run({**arguments, "pixel_values": pixels[:, 1:]})
-    module, backend = captured(KIMI)
+
+
+@pytest.mark.skipif(ADDS_FRAMES, reason="the module takes clips of any length")
+def test_clips_are_left_to_a_module_that_was_captured_on_images() -> None:
+    _, backend = captured(KIMI)
     clip = {"pixel_values": torch.randn(32, 3, 14, 14), "grid_thw": torch.tensor([[2, 4, 4]])}
     assert backend.refuse(clip) == ""
     with pytest.raises(PatchError, match="temporal"):
         backend.run(clip)
+
+
+@pytest.mark.skipif(not ADDS_FRAMES, reason="the module takes clips of one length alone")
+def test_clips_whose_frames_are_added_have_as_many_tokens_as_frames_have_without_a_budget_too() -> None:
+    module, backend = captured(KIMI, EncoderConfig(budgets=(4,), lazy=True))
+    check(module, backend, KIMI.arguments(module))
+    assert backend.stats.eager_packs > 0
 
 
 def test_a_clip_that_no_budget_holds_is_cut_between_frames() -> None:
@@ -300,6 +311,16 @@ def test_calls_of_other_threads_and_other_sizes_are_not_recorded_as_ours() -> No
         with pytest.raises(UnsupportedModuleError, match="without kwargs"):
             space["get_vision_position_ids"](sizes, 1)
     assert dict(space) == before
+
+
+def test_several_values_under_one_keyword_are_told_apart() -> None:
+    def get_vision_parts(grid_thw: Tensor, kwargs: dict) -> tuple[Tensor, int]:
+        assert kwargs.pop("parts", None) is None
+        return grid_thw.prod(-1), int(grid_thw[:, 0].sum())
+
+    parts = RecordedCall(get_vision_parts, {}, "grid_thw").compute(torch.tensor([[3, 2, 2], [1, 4, 4]]))
+    assert list(parts) == ["parts[0]", "parts[1]"]
+    assert parts["parts[0]"].tolist() == [12, 16] and len(parts["parts[1]"]) == 4
 
 
 # -- attention -------------------------------------------------------------------------------------------------

@@ -29,14 +29,16 @@ class Rule:
     Attributes:
         rows: what its rows count; several where it depends on the tower, the first that fits is taken.
         pad: see `BufferSpec`.
-        shifted: whether values are indexes of rows of the same kind ("own"), of patches ("patch"), or neither ("").
+        shifted: whether values are indexes of rows of the same kind ("own"), of another kind (its name), or neither ("").
         offsets: whether it holds attention offsets.
+        number: whether the module takes the number of rows instead of rows.
     """
 
     rows: tuple[str, ...]
     pad: Pad = "zero"
     shifted: str = ""
     offsets: bool = False
+    number: bool = False
 
 
 RULES: Mapping[str, Rule] = {
@@ -49,6 +51,10 @@ RULES: Mapping[str, Rule] = {
     "frame_index": Rule(("patch",)),
     "pixel_shuffle_index": Rule(("patch",), "identity_tail", "patch"),
     "temporal_merge_index": Rule(("cell",), "zero", "patch"),
+    # Since Transformers 5.24 every patch says where it is added, and how much of it. Padding adds to padding.
+    "temporal_merge_index[0]": Rule(("patch",), "identity_tail", "frame"),
+    "temporal_merge_index[1]": Rule(("patch",)),
+    "temporal_merge_index[2]": Rule(("cell",), number=True),
 }
 
 
@@ -71,17 +77,25 @@ class ModuleSpec(TowerSpec):
         return self.leaves
 
     def counts(self, grid: Grid) -> Counts:
-        """Patches, tokens, cells (positions of a merged frame, whatever the number of frames), items, and segments."""
-        return {**base_counts(grid, self.merge), **self.lengths(grid)}
+        """Patches, tokens, cells (positions of a merged frame, whatever the number of frames), items, and segments; and
+        the patches of a frame where a buffer's values are shifted by them."""
+        counts = {**base_counts(grid, self.merge), **self.lengths(grid)}
+        return {**counts, "frame": grid.h * grid.w} if self._counts_frames else counts
 
     def capacity(self, tokens: int, max_items: int, max_frames: int) -> Counts:
         """A frame of a x b rows has at most `(ab + k - 1) / k` windows of side k: strips one row high come closest."""
         base = {**super().capacity(tokens, max_items, max_frames), "cell": tokens}
+        if self._counts_frames:
+            base["frame"] = base["patch"]
         if "window" in {buffer.rows for buffer in self.buffers}:
             index = next((b.rows for b in self.buffers if b.name == "window_index"), "token")
             rows, side = base[index], self.window or 1
             base["window"] = min((rows + (side - 1) * base["segment"]) // side, rows)
         return base
+
+    @property
+    def _counts_frames(self) -> bool:
+        return any(buffer.offset == "frame" for buffer in self.buffers)
 
 
 def base_counts(grid: Grid, merge: int) -> dict[str, int]:

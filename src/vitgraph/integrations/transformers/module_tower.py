@@ -17,7 +17,7 @@ from vitgraph.integrations.transformers.attention_function import carry
 from vitgraph.integrations.transformers.call_forms import CallForm
 from vitgraph.integrations.transformers.host_reads import UnreadGrid
 from vitgraph.integrations.transformers.leaves import Leaf, OutputForm
-from vitgraph.integrations.transformers.metadata_rules import ModuleSpec, item_arrays
+from vitgraph.integrations.transformers.metadata_rules import RULES, ModuleSpec, item_arrays
 from vitgraph.integrations.transformers.recorder import RecordedCall
 from vitgraph.integrations.transformers.shadow import copied_bytes
 from vitgraph.integrations.transformers.surroundings import is_capturing, made_on, unnoticed_capture
@@ -101,10 +101,15 @@ class GridTower(ModuleTower):
         given: dict[str, Any] = self.call.arguments(buffers.pixel_values, self._unread)
         for buffer in self.spec.buffers:
             tensor = buffers.metadata[buffer.name]
+            value: Any
             if buffer.name in buffers.segments:
-                given[buffer.name] = carry(tensor, buffers.segments[buffer.name], self._attention)
+                value = carry(tensor, buffers.segments[buffer.name], self._attention)
+            elif RULES[buffer.name].number:
+                value = len(tensor)
             else:
-                given[buffer.name] = tensor.long() if buffer.dtype == "int32" else tensor
+                value = tensor.long() if buffer.dtype == "int32" else tensor
+            keyword, part, _ = buffer.name.partition("[")
+            given[keyword] = (*given.get(keyword, ()), value) if part else value
         return given
 
 

@@ -68,7 +68,8 @@ class RecordedCall:
     def compute(self, grids: Tensor) -> dict[str, Tensor]:
         """What the function gives for these grids `[items, 3]`, by the keywords under which it would be passed.
 
-        Numbers (the longest segment) are left out: the host bounds them once and for all.
+        Several values that are passed under one keyword are named `keyword[0]`, `keyword[1]`, ...; a number among them
+        comes as that many zeros. Other numbers (the longest segment) are left out: the host bounds them once and for all.
 
         Raises:
             UnsupportedModuleError: it looks for other keywords than it returns values.
@@ -77,6 +78,9 @@ class RecordedCall:
         result = self.function(**self.arguments, **{self.grid: grids[:, self.columns]}, kwargs=keys)
         values = result if isinstance(result, tuple) else (result,)
         names = list(dict.fromkeys(keys.asked))
+        if len(names) == 1 and isinstance(result, tuple):
+            names = [f"{names[0]}[{i}]" for i in range(len(values))]
+            values = tuple(torch.zeros(v, dtype=torch.int32) if isinstance(v, int) else v for v in values)
         if len(names) != len(values):
             raise UnsupportedModuleError(f"{self.name} looks for {', '.join(names)} but returns {len(values)} values")
         return {name: value for name, value in zip(names, values, strict=True) if isinstance(value, Tensor)}
