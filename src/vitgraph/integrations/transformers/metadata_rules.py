@@ -29,7 +29,8 @@ class Rule:
     Attributes:
         rows: what its rows count; several where it depends on the tower, the first that fits is taken.
         pad: see `BufferSpec`.
-        shifted: whether values are indexes of rows of the same kind ("own"), of another kind (its name), or neither ("").
+        shifted: whether values are indexes of rows of the same kind ("own"), of another kind (its name), or neither
+            ("").
         offsets: whether it holds attention offsets.
         number: whether the module takes the number of rows instead of rows.
     """

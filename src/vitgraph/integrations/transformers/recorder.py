@@ -69,7 +69,8 @@ class RecordedCall:
         """What the function gives for these grids `[items, 3]`, by the keywords under which it would be passed.
 
         Several values that are passed under one keyword are named `keyword[0]`, `keyword[1]`, ...; a number among them
-        comes as that many zeros. Other numbers (the longest segment) are left out: the host bounds them once and for all.
+        comes as that many zeros. Other numbers (the longest segment) are left out: the host bounds them once and for
+        all.
 
         Raises:
             UnsupportedModuleError: it looks for other keywords than it returns values.
