@@ -13,6 +13,7 @@ import vitgraph
 from tiny_transformers import IMAGES, MODELS, NAMES, randomise, tower_inputs, vision_module
 from vitgraph import EncoderConfig
 from vitgraph.errors import UnsupportedModuleError
+from vitgraph.models.qwen3_vl import Qwen3VLTower
 
 CONFIG = EncoderConfig(max_tokens=64)
 COPIED = {
@@ -251,19 +252,39 @@ def change_rotary(tower: nn.Module) -> None:
     tower.rotary_pos_emb.inv_freq *= 3
 
 
+@pytest.mark.parametrize("first", ["finite", "NaN"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("spoil", [change_rotary, change_norm])
-def test_a_tower_that_differs_from_its_module_is_found_out_by_the_first_call(spoil, dtype, caplog) -> None:
+def test_a_tower_that_differs_from_its_module_is_found_out_by_the_first_finite_call(
+    spoil, dtype: torch.dtype, first: str, caplog
+) -> None:
     model = MODELS["qwen3_vl"].make(dtype=dtype)
     tower = vision_module(model)
     spoil(tower)
     vitgraph.accelerate(model, CONFIG, backend="native")
+    if first == "NaN":
+        inputs = tower_inputs("qwen3_vl", IMAGES[:1])
+        with torch.no_grad():
+            tower(**{**inputs, "hidden_states": torch.full_like(inputs["hidden_states"], float("nan"))})
     for _ in range(2):
         fast, own = both(tower, "qwen3_vl", dtype)
         assert torch.equal(fast, own)
     ((reason, times),) = vitgraph.acceleration(model).fallbacks.items()
     assert "differs from the module's own by" in reason and times == 2
     assert len(caplog.records) == 1
+    (report,) = vitgraph.acceleration(model).modules.values()
+    assert report.memory_bytes == 0, "what was held for the tower is given back"
+    tower.load_state_dict(tower.state_dict(), assign=True)
+    both(tower, "qwen3_vl", dtype)
+    assert sum(vitgraph.acceleration(model).fallbacks.values()) == 3, "weights that move bring a new tower, judged anew"
+
+
+def test_a_tower_that_makes_no_number_of_a_number_is_found_out(monkeypatch) -> None:
+    model, tower = accelerated("qwen3_vl")
+    monkeypatch.setattr(Qwen3VLTower, "forward", lambda *args, _own=Qwen3VLTower.forward: _own(*args) * float("nan"))
+    fast, own = both(tower, "qwen3_vl")
+    assert torch.equal(fast, own) and own.isfinite().all()
+    assert "differs from the module's own by nan" in next(iter(vitgraph.acceleration(model).fallbacks))
 
 
 def test_values_that_are_not_finite_are_not_judged() -> None:
@@ -272,4 +293,6 @@ def test_values_that_are_not_finite_are_not_judged() -> None:
     inputs["hidden_states"][:24] = float("nan")
     with torch.no_grad():
         assert tower(**inputs).pooler_output[:6].isnan().all()
+    assert not tower.forward.backend._agrees
     check(tower, "qwen3_vl", calls=2)
+    assert tower.forward.backend._agrees

@@ -88,20 +88,23 @@ class NativeBackend:
             rows, grids = call.split(arguments)
             output = call.join(engine.run(rows, grids), arguments)
             if not self._agrees:
-                self._compare(arguments, grids[0], output)
+                self._compare(engine, arguments, grids[0], output)
             return output
 
-    def _compare(self, arguments: Mapping[str, Any], grid: Grid, output: Any) -> None:
-        """Holds the first call of a tower to the module's own forward.
+    def _compare(self, engine: Engine, arguments: Mapping[str, Any], grid: Grid, output: Any) -> None:
+        """Holds the first call of a tower whose output is finite to the module's own forward.
 
         Raises:
-            UnsupportedModuleError: they differ; later calls are refused with the same reason.
+            UnsupportedModuleError: they differ; the tower is given up, later calls are refused with the same reason.
         """
         reason = disagreement(self._module, arguments, grid, output)
+        with self._lock:
+            if self._engine is engine:
+                self._agrees = reason == ""
+                if reason:
+                    self._drop(reason)
         if reason:
-            self._broken = reason
             raise UnsupportedModuleError(reason)
-        self._agrees = True
 
     def capture(self, progress: Progress | None = None) -> None:
         with self._lock, torch.inference_mode(False):
