@@ -1,4 +1,4 @@
-"""Whether a tower computes what its module computes: checked once, on the first item of the first call that shows it.
+"""Whether a tower computes what its module computes: checked once, on the first item of the first call.
 
 A table of classes cannot know what the next version of Transformers changes inside of them.
 """
