@@ -137,6 +137,25 @@ def ask(request, tower: nn.Module) -> Iterator[Ask]:
             module.gradient_checkpointing = False
 
 
+@pytest.fixture(params=["native", "generic"])
+def refusing(request) -> tuple[nn.Module, nn.Module]:
+    """A vision module, accelerated by each backend, and one as it is."""
+    made = [vision_module(MODELS[NAME].make()) for _ in range(2)]
+    return vitgraph.accelerate(made[0], CONFIG, backend=request.param), made[1]
+
+
+def test_sizes_that_are_no_whole_numbers_have_the_modules_own_error(refusing) -> None:
+    accelerated, plain = refusing
+    inputs = tower_inputs(NAME, IMAGES)
+    inputs["grid_thw"] = inputs["grid_thw"].float()
+    with torch.no_grad(), pytest.raises((RuntimeError, TypeError)) as own:
+        plain(**inputs)
+    with torch.no_grad(), pytest.raises(own.type) as found:
+        accelerated(**inputs)
+    assert str(found.value) == str(own.value)
+    assert list(vitgraph.acceleration(accelerated).fallbacks.values()) == [1]
+
+
 def outcome(call: Callable[..., Any], inputs: Inputs, around: Callable[[], AbstractContextManager[Any]]) -> Any:
     with around():
         try:

@@ -17,6 +17,7 @@ from vitgraph.models.contract import TowerSpec
 
 GRID = "grid_thw"
 NoneType = type(None)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 UNREAD = frozenset({"return_dict", "use_cache", "past_key_values", "cache_position", "logits_to_keep"})
 """Arguments of a language model that come along and that no vision tower reads."""
@@ -111,7 +112,7 @@ class CallReader:
             return f"{self._pixels} is no tensor of pictures in floating point"
         if self.grid:
             grids = arguments.get(self.grid)
-            if not isinstance(grids, Tensor) or grids.dim() != 2 or grids.shape[1] != 3 or not len(grids):
+            if not isinstance(grids, Tensor) or not are_sizes(grids) or not len(grids):
                 return f"{self.grid} is no tensor of sizes [items, 3]"
             batched = batched and pixels.dim() > 2 and pixels.shape[0] == 1
         constants = []
@@ -152,6 +153,11 @@ class CallReader:
         constant = tuple(value) if isinstance(value, list) else value
         parts = constant if isinstance(constant, tuple) else (constant,)
         return constant if all(isinstance(part, (bool, int, str, NoneType)) for part in parts) else NotImplemented
+
+
+def are_sizes(grids: Tensor) -> bool:
+    """Whether these are whole numbers `[items, 3]`."""
+    return grids.dim() == 2 and grids.shape[1] == 3 and grids.dtype in INTEGERS
 
 
 def host_grids(grid_thw: Tensor, rows: int, spec: TowerSpec) -> list[Grid]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vitgraph.core import Grid
 from vitgraph.engine.engine import Outputs
-from vitgraph.integrations.transformers.call_forms import host_grids
+from vitgraph.integrations.transformers.call_forms import are_sizes, host_grids
 from vitgraph.integrations.transformers.fallbacks import unknown_argument
 from vitgraph.models.contract import TowerSpec
 
@@ -65,7 +65,7 @@ class GridCall(Call):
             return "rows or grids are no tensors"
         if not len(grids):
             return "there is no image"
-        if grids.dim() != 2 or grids.shape[1] != 3 or not rows.is_floating_point():
+        if not are_sizes(grids) or not rows.is_floating_point():
             return "rows or grids have another shape or type"
         return "rows or grids have another shape or type" if rows.numel() % self.spec.patch_width else ""
 
