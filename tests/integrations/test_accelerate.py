@@ -281,6 +281,17 @@ def test_auto_tries_native_then_generic_then_leaves_the_module(model: nn.Module,
     assert vitgraph.acceleration(model).modules == {}
 
 
+def test_the_context_forgets_the_modules_that_it_left_unchanged(model: nn.Module) -> None:
+    vision_module(model).double()
+    with vitgraph.accelerated(model, CONFIG):
+        assert vitgraph.acceleration(model).modules["model.visual"].reason
+    assert vitgraph.acceleration(model).modules == {}
+    vitgraph.accelerate(model, CONFIG)
+    with vitgraph.accelerated(model, CONFIG):
+        pass
+    assert vitgraph.acceleration(model).modules["model.visual"].reason, "of the call before the block"
+
+
 def test_a_missing_transformers_names_the_extra(model: nn.Module, monkeypatch) -> None:
     monkeypatch.setattr(version, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"pip install 'vitgraph\[transformers\]'"):

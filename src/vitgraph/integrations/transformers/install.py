@@ -93,12 +93,16 @@ def restore(model: Model) -> Model:
 @contextmanager
 def accelerated(model: Model, config: EncoderConfig | None = None, backend: str = "auto") -> Iterator[Model]:
     """Accelerates a model within a `with` block; what was accelerated before stays so. Arguments as `accelerate`."""
+    refused = {module for module in model.modules() if module in _unchanged}
     forwards = install(model, config, backend)
     try:
         yield model
     finally:
         for forward in forwards:
             forward.remove()
+        for module in model.modules():
+            if module not in refused:
+                _unchanged.pop(module, None)
 
 
 def acceleration(model: nn.Module) -> Acceleration:
