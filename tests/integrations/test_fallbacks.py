@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 import vitgraph
 from tiny_transformers import IMAGES, MODELS, prompt, tower_inputs, vision_module
+from vision_modules import TILE_CASES
 from vitgraph import EncoderConfig
 from vitgraph.errors import FallbackError
+from vitgraph.integrations.transformers.fallbacks import COMPILING
 
 NAME = "qwen3_vl"
 CONFIG = EncoderConfig(max_tokens=64)
@@ -265,4 +267,31 @@ def test_compiling_the_model_traces_its_own_forward(tower: nn.Module, caplog) ->
     ((reason, _),) = vitgraph.acceleration(tower).fallbacks.items()
     assert "torch.compile" in reason
     assert len([r for r in caplog.records if "torch.compile" in r.message]) == 1
+    torch._dynamo.reset()
+
+
+def test_compiling_the_whole_model_traces_the_towers_own_forward(shared: nn.Module) -> None:
+    inputs = prompt(NAME, IMAGES)
+    with torch.no_grad():
+        want = shared(**inputs).logits
+        with vitgraph.accelerated(shared, CONFIG):
+            compiled = torch.compile(shared, backend="eager")
+            for _ in range(2):
+                torch.testing.assert_close(compiled(**inputs).logits, want)
+            (report,) = vitgraph.acceleration(shared).modules.values()
+    assert report.calls == 0 and list(report.fallbacks) == [COMPILING]
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_module_is_the_modules_own_forward(strict: bool) -> None:
+    clip = next(case for case in TILE_CASES if case.folder == "clip")
+    module = clip.build()
+    inputs = clip.arguments(module, pictures=2)
+    with torch.no_grad():
+        want = module(**inputs).pooler_output
+        vitgraph.accelerate(module, CONFIG)
+        exported = torch.export.export(module, (), kwargs=inputs, strict=strict)
+        torch.testing.assert_close(exported.module()(**inputs).pooler_output, want)
+    assert list(vitgraph.acceleration(module).fallbacks) == [COMPILING]
     torch._dynamo.reset()

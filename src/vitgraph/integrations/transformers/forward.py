@@ -41,6 +41,7 @@ class AcceleratedForward:
     def __init__(self, module: nn.Module, backend: Backend, choice: str, config: EncoderConfig) -> None:
         self.original: Callable[..., Any] = module.forward
         update_wrapper(self, self.original)
+        self.__code__ = AcceleratedForward.__call__.__code__  # torch.export asks every forward for its own
         self.module, self.backend, self.choice, self.config = module, backend, choice, config
         self.calls = 0
         self.fallbacks: dict[str, int] = {}
