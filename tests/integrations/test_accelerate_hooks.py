@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import accelerate
 import pytest
 import torch
 from torch import nn
@@ -9,8 +10,6 @@ from torch import nn
 import vitgraph
 from tiny_transformers import IMAGES, MODELS, generate, prompt, vision_module
 from vitgraph import EncoderConfig
-
-accelerate = pytest.importorskip("accelerate")
 
 CONFIG = EncoderConfig(max_tokens=64)
 INPUTS = prompt("qwen3_vl", IMAGES)
