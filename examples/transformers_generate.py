@@ -3,7 +3,8 @@
     python examples/transformers_generate.py [--model Qwen/Qwen3-VL-2B-Instruct] [--images cat.jpg coffee.jpg]
 
 Without --model it makes a tiny Qwen3-VL with random weights, which needs no GPU and no model hub: its tokens mean
-nothing, but they are the same before and after. With --model, Transformers' own processor prepares the prompt.
+nothing, but they are the same before and after. With --model, Transformers' own processor prepares the prompt; that of
+Qwen3-VL needs torchvision.
 """
 
 from __future__ import annotations
