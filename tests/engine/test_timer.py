@@ -10,9 +10,9 @@ from vitgraph.core import Grid
 from vitgraph.engine import timer
 
 
-@pytest.mark.parametrize("each_us, timed_runs", [(100_000.0, 2), (3000.0, 2), (900.0, 5), (100.0, 8)])
+@pytest.mark.parametrize("each_us, timed_runs", [(100_000.0, 1), (3000.0, 1), (900.0, 4), (100.0, 7)])
 def test_long_replays_run_once_and_short_ones_a_few_times(monkeypatch, each_us: float, timed_runs: int) -> None:
-    replays = []
+    replays, leads = [], []
 
     def elapsed(call, runs: int = 1, lead: bool = True) -> float:
         for _ in range(runs + lead):
@@ -20,6 +20,7 @@ def test_long_replays_run_once_and_short_ones_a_few_times(monkeypatch, each_us: 
         return each_us
 
     monkeypatch.setattr(timer, "elapsed", elapsed)
+    monkeypatch.setattr(timer.torch.cuda, "_sleep", leads.append)
     graph = SimpleNamespace(replay=lambda: replays.append(1))
     staged = []
     engine = SimpleNamespace(
@@ -28,7 +29,5 @@ def test_long_replays_run_once_and_short_ones_a_few_times(monkeypatch, each_us: 
     timed = timer.EngineTimer(engine)
     assert timed.replay(3, [Grid(1, 8, 8)]) == each_us
     assert len(replays) == timed_runs
-    replays.clear()
-    timed.replay(3, [Grid(1, 8, 8)])
-    assert len(replays) == timed_runs - 1, "it was uploaded before"
-    assert staged == [(3, [Grid(1, 8, 8)])] * 2
+    assert staged == [(3, [Grid(1, 8, 8)])]
+    assert len(leads) == 1, "the device is busy while the host launches"

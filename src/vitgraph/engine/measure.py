@@ -17,11 +17,11 @@ from vitgraph.planning.cost import CostModel, load_of
 
 SECONDS = 0.8
 """Time for replays; eager runs and the attention's slope take a little more."""
-RUNS_EACH, LEAST_SHARE = 2, 0.1
-"""Replays of a budget while it is timed, and the least time of one as a share of the largest budget's."""
+LEAST_SHARE = 0.05
+"""Least time of one replay as a share of the largest budget's."""
 
 USUAL_TOKENS, LARGE_TOKENS = 100, (441, 1024)
-SLOPE_POINTS = 8
+SLOPE_POINTS = 14
 EAGER_POINTS = 5
 EAGER_RUNS = 2
 
@@ -100,7 +100,7 @@ def _worth_timing(captured: Sequence[int], tokens: Sequence[int], longest: float
     """
     chosen: list[int] = []
     for index in halving(captured):
-        seconds -= RUNS_EACH * longest * max(tokens[index] / tokens[captured[-1]], LEAST_SHARE)
+        seconds -= longest * max(tokens[index] / tokens[captured[-1]], LEAST_SHARE)
         if seconds < 0 and len(chosen) >= 2:
             break
         chosen.append(index)
