@@ -19,6 +19,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -104,9 +105,8 @@ def make_calls(encoder: VisionEncoder, items: int, place: str, fresh: bool) -> l
     if not fresh:
         return [(pixels, [Grid(1, side, side)] * items)] * (WARMUP + RUNS)
     batches = fresh_batches(items)
-    # The sizes are known, the combination is not: forget what an earlier line left.
-    encoder.engine.staging.blocks.clear()
-    encoder.engine.planner.cost = encoder.engine.planner.cost
+    # The sizes are known, the combination is not: forget what an earlier line left. Batches keep to their costs' model.
+    encoder.engine.planner.cost = replace(encoder.engine.planner.cost)
     for grids in batches:
         encoder.engine.warm_metadata(grids)
     return [(pixels[: sum(grid.patches for grid in grids)], grids) for grids in batches]

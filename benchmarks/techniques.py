@@ -14,8 +14,8 @@ from torch import Tensor
 
 from vitgraph import VisionEncoder
 from vitgraph.attention import triton_varlen
-from vitgraph.engine import engine
-from vitgraph.engine.blocks import BlockCache
+from vitgraph.engine import engine, ladder
+from vitgraph.engine.prepared import PreparedReplays
 from vitgraph.layers import block, mlp, overlap, pos_embed_triton
 from vitgraph.layers.ops import Activation
 from vitgraph.layers.pos_embed import gather_table
@@ -46,6 +46,7 @@ PATCHES: dict[str, tuple[ModuleType, str, Any]] = {
     "gate kernel": (mlp, "gate", _gate),
     "position table kernel": (pos_embed_triton, "add_table_in_place", _add_table),
     "side stream": (overlap, "MOST_ROWS", 0),
+    "metadata on the device": (ladder, "make_composer", lambda *_: None),
 }
 """Technique -> what stands in for it."""
 
@@ -57,10 +58,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 """Technique -> settings of an encoder without it."""
 
-KEPT_METADATA = "metadata on the device"
+PREPARED = "prepared replays"
 ORDER = ("graph", "Triton attention", "TMA loads", "fused norm and residual", "rotary kernel", "GELU epilogue",
          "no GEMM workspace", "padded MLP", "gate kernel", "position table kernel", "side stream",
-         "FlashAttention wheels", "fine ladder", KEPT_METADATA)  # fmt: skip
+         "FlashAttention wheels", "fine ladder",
+         "metadata on the device", PREPARED)  # fmt: skip
 """As a waterfall adds them. Without wheels the step that adds them changes nothing."""
 
 
@@ -81,8 +83,8 @@ def encoder_without(missing: Sequence[str], make: Callable[..., VisionEncoder]) 
                 module, attribute, stand_in = PATCHES[name]
                 stack.enter_context(patch.object(module, attribute, stand_in))
         encoder = stack.enter_context(make(**settings))
-        if KEPT_METADATA in missing:
-            encoder.engine.staging.blocks = BlockCache(0)
+        if PREPARED in missing:
+            encoder.engine._prepared = PreparedReplays(0)
         if encoder.config.graph:
             encoder.capture(progress=False)
         yield encoder

@@ -60,6 +60,21 @@ class Pack:
     budget: int | None
     reason: str = ""
 
+    @classmethod
+    def of_whole_items(cls, grids: tuple[Grid, ...], counts: Counts, budget: int | None, reason: str = "") -> Pack:
+        """Items in the caller's order, none of them cut. Their pieces are made when they are asked for."""
+        made = object.__new__(cls)
+        made.__dict__.update(grids=grids, counts=counts, budget=budget, reason=reason)
+        return made
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            # Asked for what the instance lacks: pieces that have not been made yet.
+            if name != "pieces" or "grids" not in self.__dict__:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            return self.__dict__.setdefault(name, tuple(map(Piece, range(len(self.grids)), self.grids)))
+
     @cached_property
     def grids(self) -> tuple[Grid, ...]:
         """Grids of the pieces."""

@@ -36,6 +36,8 @@ logger = logging.getLogger("vitgraph")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 MOST_THREADS = 8
 MOST_GRIDS = 65536
+GRID_ROW = "V24"
+"""Three int64, as the bytes they are."""
 OnError = Literal["raise", "return"]
 
 
@@ -63,7 +65,8 @@ class VisionEncoder:
         self.config = config
         self.attention = attention.name
         self.engine = Engine(tower, device, dtype, config, attention)
-        self._grids: dict[tuple[int, ...], Grid] = {}
+        self._grids: dict[Hashable, Grid] = {}
+        """Checked grids, by what callers give: three integers, or the bytes of such a row."""
 
     @classmethod
     def from_pretrained(
@@ -233,9 +236,8 @@ class VisionEncoder:
         again = self.engine.embed_again(key, pixel_values) if mode == "auto" else None
         if again is not None:
             return again
-        known = self._grids
-        grids = [known.get(tuple(grid)) or self._grid(grid) for grid in _host_grids(grid_thw)]
-        rows = self._check_rows(pixel_values, sum(t * h * w for t, h, w in grids))
+        grids = self._grids_of(grid_thw, key)
+        rows = self._check_rows(pixel_values, self.engine.patches(grids))
         return self.engine.embed(rows, grids, mode, key if isinstance(key, bytes) else None) if grids else []
 
     def release(self) -> None:
@@ -266,6 +268,23 @@ class VisionEncoder:
 
     # -- helpers -----------------------------------------------------------------------------------------------
 
+    def _grids_of(self, grid_thw: Tensor | Sequence[Sequence[int]], key: Hashable) -> tuple[Grid, ...]:
+        """The items' grids, checked.
+
+        Args:
+            grid_thw: as in `encode_patches`.
+            key: what stands for it; bytes are its rows one after another.
+        """
+        known = self._grids
+        rows: list[bytes] = np.frombuffer(key, GRID_ROW).tolist() if key and isinstance(key, bytes) else []
+        found = [known.get(row) for row in rows]
+        if rows and None not in found:
+            return tuple(found)  # type: ignore[arg-type]
+        grids = tuple([known.get(tuple(grid)) or self._grid(grid) for grid in _host_grids(grid_thw)])
+        if rows:
+            known.update(zip(rows, grids, strict=True))
+        return grids
+
     def _grid(self, grid: Sequence[int]) -> Grid:
         key = tuple(grid)
         if len(key) != 3:
@@ -281,6 +300,8 @@ class VisionEncoder:
         if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():
             kind = getattr(pixel_values, "dtype", type(pixel_values).__name__)
             raise PatchError(f"pixel_values must be a floating point tensor of patch rows, not {kind}.")
+        if pixel_values.shape == (expected, self.spec.patch_width):
+            return pixel_values
         rows = pixel_values.flatten(1) if pixel_values.dim() > 1 else pixel_values
         if rows.dim() != 2 or rows.shape[1] != self.spec.patch_width:
             raise PatchError(

@@ -36,7 +36,7 @@ def test_scripts_explain_themselves(name: str, monkeypatch, capsys) -> None:
 
 def test_a_tower_without_its_techniques_computes_the_same() -> None:
     techniques = importlib.import_module("techniques")
-    assert {*techniques.PATCHES, *techniques.SETTINGS, techniques.KEPT_METADATA} == set(techniques.ORDER)
+    assert {*techniques.PATCHES, *techniques.SETTINGS, techniques.PREPARED} == set(techniques.ORDER)
 
     def make(**settings) -> VisionEncoder:
         settings.pop("attention", None)

@@ -10,7 +10,6 @@ import torch
 from vitgraph import EncoderConfig, VisionEncoder
 from vitgraph.core import Grid
 from vitgraph.engine import runner
-from vitgraph.engine.blocks import BlockCache
 from vitgraph.engine.prepared import PreparedReplays
 from vitgraph.errors import EngineReleasedError, PatchError
 from vitgraph.planning.packing import Planner
@@ -53,9 +52,8 @@ def same(got: list, want: list) -> bool:
 
 
 def warm(encoder: VisionEncoder, grids: list) -> None:
-    """Until the batch is prepared: its metadata is kept when it comes for the second time."""
-    for _ in range(2):
-        encoder.encode_patches(rows_of(encoder, grids), grids)
+    """Until the batch is prepared, which it is when it has run."""
+    encoder.encode_patches(rows_of(encoder, grids), grids)
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
@@ -73,12 +71,22 @@ def test_batches_in_turn_give_what_the_unprepared_path_gives(family: str, replay
 
 def test_counters_are_the_same_either_way(replays: list) -> None:
     prepared, plain = make(), make()
-    plain.engine.staging.blocks = BlockCache(0)  # nothing is kept, so nothing is prepared
+    plain.engine._prepared = PreparedReplays(0)
     for encoder in (prepared, plain):
         for grids in BATCHES * 3:
             encoder.encode_patches(rows_of(encoder, grids), grids)
-    assert len(replays) == len(BATCHES)
+    assert len(replays) == 2 * len(BATCHES)
     assert replace(prepared.stats, static_bytes=0) == replace(plain.stats, static_bytes=0)
+
+
+def test_a_batch_that_comes_again_counts_as_found() -> None:
+    encoder = make()
+    for _ in range(4):
+        for grids in BATCHES:
+            encoder.encode_patches(rows_of(encoder, grids), grids)
+    stats = encoder.stats
+    assert stats.metadata_misses == len({grid for grids in BATCHES for grid in grids})
+    assert stats.metadata_hits == 4 * sum(map(len, BATCHES)) - stats.metadata_misses
 
 
 @pytest.mark.parametrize(
@@ -154,7 +162,7 @@ def test_results_do_not_alias_the_static_buffers() -> None:
     assert same(got, want)
 
 
-def test_metadata_that_lies_there_already_is_not_copied(monkeypatch) -> None:
+def test_metadata_that_lies_there_already_is_not_written(monkeypatch) -> None:
     encoder = make()
     for grids in BATCHES:
         warm(encoder, grids)
@@ -253,22 +261,6 @@ def test_another_cost_model_plans_anew(replays: list) -> None:
     before = encoder.stats.padded_tokens
     encoder.encode_patches(x, grids)
     assert encoder.stats.padded_tokens == before + 24
-
-
-def test_a_dropped_block_ends_what_rests_on_it_and_a_used_one_stays(replays: list) -> None:
-    encoder = make()
-    used, unused, new = BATCHES[0], BATCHES[2], BATCHES[3]
-    for grids in (used, unused):
-        warm(encoder, grids)
-    encoder.encode_patches(rows_of(encoder, used), used)
-    blocks = encoder.engine.staging.blocks
-    blocks._most_bytes = blocks.nbytes
-    warm(encoder, new)
-    replays.clear()
-    for grids in (used, unused):
-        x = rows_of(encoder, grids, 3)
-        assert same(encoder.encode_patches(x, grids), encoder.encode_patches(x, grids, mode="padded"))
-    assert [prepared.pack.grids for prepared in replays] == [tuple(used)]
 
 
 def test_the_oldest_prepared_replays_make_room(replays: list) -> None:

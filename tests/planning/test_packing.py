@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from packing_rule import Rule
 from vitgraph.config import EncoderConfig
-from vitgraph.core import Grid, fits, sum_counts
+from vitgraph.core import Grid, Pack, Piece, fits, sum_counts
 from vitgraph.planning.budgets import make_budgets
 from vitgraph.planning.packing import Planner
 
@@ -78,3 +79,18 @@ def test_small_items_share_a_pack_and_keep_the_callers_order() -> None:
 def test_without_items_there_is_no_pack() -> None:
     rule = Rule()
     assert Planner(rule, make_budgets(rule, EncoderConfig())).plan([]) == []
+
+
+def test_a_batch_that_is_one_pack_makes_its_pieces_when_they_are_asked_for() -> None:
+    rule = Rule()
+    budgets = make_budgets(rule, EncoderConfig(budgets=(64, 256)))
+    items = (Grid(1, 4, 4), Grid(2, 6, 4))
+    planner = Planner(rule, budgets)
+    (pack,) = planner.plan(items)
+    assert "pieces" not in vars(pack) and pack.grids is items
+    assert pack.pieces == (Piece(0, items[0]), Piece(1, items[1]))
+    assert pack == Pack(pack.pieces, pack.counts, pack.budget)
+    assert planner.patches(items) == 64 == pack.counts["patch"]
+    assert planner.patches(items[:1]) == 16
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = pack.nothing

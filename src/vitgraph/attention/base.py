@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -63,39 +64,68 @@ def has_own_graph(attention: VarlenAttention, rows: int) -> bool:
 
 
 def tile_bound(rows: int, segments: int, block: int) -> int:
-    """Most tiles that `write_tiles` can need."""
+    """Most tiles that a schedule can need."""
     return rows // block + segments + 1
 
 
-def write_tiles(cu_seqlens: np.ndarray, rows: int, block: int, out: np.ndarray) -> None:
-    """Writes the schedule of a pack on the host: a launch over it covers the real tiles and nothing else.
+def tiles_of(ends: np.ndarray, block: int) -> np.ndarray:
+    """The real tiles of segments that follow each other from row 0.
 
-    A tile is (first row, end row, first key row, end key row). Real tiles come first, those with most keys leading so
-    that long ones do not finish last. Then come tiles with no keys, whose rows are written as zeros: the rows past
-    the last segment. The rest of the schedule is empty tiles.
+    A tile is (first row, end row, first key row, end key row). Those with most keys lead, so that long ones do not
+    finish last.
 
     Args:
-        cu_seqlens: `[S + 1]` segment offsets.
-        rows: rows of the buffer.
+        ends: `[S]` last row of each segment, exclusive.
         block: query rows of a tile.
-        out: `[tile_bound(rows, S, block), 4]` int32; every entry is written.
+
+    Returns:
+        `[tiles, 4]` int32.
     """
-    starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
+    starts = np.concatenate([np.zeros(1, ends.dtype), ends[:-1]]) if len(ends) else ends
     if len(starts) > 1:
         order = np.argsort(starts - ends, kind="stable")
         starts, ends = starts[order], ends[order]
     counts = -((starts - ends) // block)
     owner = np.repeat(np.arange(len(starts)), counts)
     within = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-    real = len(owner)
     first = starts[owner] + within * block
-    out[:real, 0] = first
-    out[:real, 1] = np.minimum(first + block, ends[owner])
-    out[:real, 2] = starts[owner]
-    out[:real, 3] = ends[owner]
-    tail = np.arange(int(cu_seqlens[-1]), rows, block)
+    tiles = np.stack([first, np.minimum(first + block, ends[owner]), starts[owner], ends[owner]], axis=1)
+    return tiles.astype(np.int32, copy=False)
+
+
+def write_schedule(
+    parts: Sequence[np.ndarray], shifts: Sequence[int], filled: int, rows: int, block: int, out: np.ndarray
+) -> None:
+    """Writes the tile schedule of a pack: a launch over it covers the real tiles and nothing else.
+
+    After the real tiles come tiles with no keys, whose rows are written as zeros: the rows past the last segment. The
+    rest of the schedule is empty tiles.
+
+    Args:
+        parts: `[tiles, 4]` of each item, from `tiles_of`, in launch order.
+        shifts: rows before each of these items.
+        filled: rows of all items.
+        rows: rows of the buffer.
+        block: query rows of a tile.
+        out: `[tile_bound(rows, S, block), 4]` int32; every entry is written.
+    """
+    real = 0
+    for tiles, shift in zip(parts, shifts, strict=True):
+        np.add(tiles, shift, out=out[real : real + len(tiles)])
+        real += len(tiles)
+    tail = np.arange(filled, rows, block)
     end = real + len(tail)
     out[real:end, 0] = tail
     out[real:end, 1] = np.minimum(tail + block, rows)
     out[real:end, 2:] = 0
     out[end:] = 0
+
+
+def write_tiles(cu_seqlens: np.ndarray, rows: int, block: int, out: np.ndarray) -> None:
+    """As `write_schedule`, for segments as if of one item.
+
+    Args:
+        cu_seqlens: `[S + 1]` segment offsets.
+        rows, block, out: see `write_schedule`.
+    """
+    write_schedule([tiles_of(cu_seqlens[1:], block)], [0], int(cu_seqlens[-1]), rows, block, out)

@@ -9,17 +9,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vitgraph.attention.base import Segments, VarlenAttention, tile_bound, write_tiles
-from vitgraph.core import Counts
-from vitgraph.engine.blocks import KeptBlock
+from vitgraph.attention.base import Segments, VarlenAttention, tile_bound, tiles_of, write_schedule
+from vitgraph.core import Counts, Pack
 from vitgraph.engine.slots import StagingSlot
 from vitgraph.models.contract import BufferSpec, TowerBuffers, TowerSpec
 from vitgraph.planning.metadata import GridPlan
+
+if TYPE_CHECKING:
+    from vitgraph.engine.compose import Composer
 
 ALIGNMENT = 256
 _TORCH_DTYPES = {"int32": torch.int32, "float32": torch.float32}
@@ -40,11 +43,44 @@ class Slot:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Tile schedule of one attention segment set: derived from its `cu_seqlens` when a pack is written."""
+    """Tile schedule of one attention segment set: derived from the items' segment ends when a pack is written.
+
+    Attributes:
+        segments: name of the segment set.
+        name: of the buffer.
+        block: query rows of a tile.
+        kind: what the segment offsets count.
+        rows: of that kind that the buffer holds.
+    """
 
     segments: str
     name: str
     block: int
+    kind: str
+    rows: int
+
+
+def tiles_of_item(plan: GridPlan, schedule: Schedule) -> np.ndarray:
+    """An item's tiles, `[tiles, 4]` int32 from its first row, made once per block size."""
+    key = schedule.segments, schedule.block
+    if key not in plan.derived:
+        plan.derived[key] = tiles_of(plan.metadata[schedule.segments], schedule.block)
+    return cast("np.ndarray", plan.derived[key])
+
+
+def longest_segment(plan: GridPlan, schedules: Sequence[Schedule]) -> int:
+    """Rows of an item's longest segment, over the segment sets that have schedules."""
+    ends = [plan.metadata[schedule.segments] for schedule in schedules]
+    return max((int(np.diff(e, prepend=0).max(initial=0)) for e in ends), default=0)
+
+
+def launch_order(longest: Sequence[int] | np.ndarray) -> np.ndarray:
+    """The order in which items' tiles are launched: those with the longest segments first, or they would finish last.
+
+    Args:
+        longest: rows of each item's longest segment.
+    """
+    return np.argsort(-np.asarray(longest, dtype=np.int64), kind="stable")
 
 
 class MetadataLayout:
@@ -77,8 +113,9 @@ class MetadataLayout:
         if not block:
             return None
         buffer = next(b for b in spec.buffers if b.name == name)
-        tiles = tile_bound(self._rows[name], self.capacity[buffer.rows], block)
-        return Schedule(name, f"{name}.tiles", block), tiles
+        rows = self._rows[name]
+        tiles = tile_bound(rows, self.capacity[buffer.rows], block)
+        return Schedule(name, f"{name}.tiles", block, offset_kind(spec, name), rows), tiles
 
     def _place(self, buffer: BufferSpec, rows: int) -> None:
         slot = Slot(buffer, self.nbytes, (buffer.lead + rows, *buffer.trailing))
@@ -112,9 +149,12 @@ class MetadataLayout:
         for buffer in self._items:
             parts = [plan.metadata[buffer.name] for plan in plans]
             _write_buffer(buffer, arrays[buffer.name], parts, filled)
+        order = launch_order([longest_segment(plan, self.schedules) for plan in plans])
         for schedule in self.schedules:
-            offsets, tiles = arrays[schedule.segments], arrays[schedule.name]
-            write_tiles(offsets, self._rows[schedule.segments], schedule.block, tiles)
+            before = [0, *accumulate(filled[schedule.kind])]
+            parts = [tiles_of_item(plans[item], schedule) for item in order]
+            shifts = [before[item] for item in order]
+            write_schedule(parts, shifts, before[-1], schedule.rows, schedule.block, arrays[schedule.name])
 
 
 def _write_buffer(
@@ -167,6 +207,9 @@ class Arena:
         capacity: of the largest budget.
         device, dtype: the tower's.
         nbytes: bytes of the largest metadata block.
+
+    Attributes:
+        composer: writes the block on the device; None where the host does.
     """
 
     def __init__(
@@ -182,8 +225,9 @@ class Arena:
         self._outputs = [torch.zeros(size, dtype=dtype, device=device) for size in sizes]
         self._slots: list[StagingSlot | None] = [None, None]
         self._next = 0
-        self.holds: KeptBlock | None = None
-        """Whose bytes the block holds; None when nobody knows. Who writes the block says so here."""
+        self.composer: Composer | None = None
+        self.holds: Pack | None = None
+        """The pack whose metadata the block holds; None when nobody knows. Who writes the block says so here."""
 
     def clear_block(self) -> None:
         """Zeros, which are valid metadata in every layout; what another budget left there need not be."""
@@ -194,7 +238,9 @@ class Arena:
     def nbytes(self) -> int:
         """Device bytes held."""
         landing = sum(slot.device_bytes for slot in self._slots if slot is not None)
-        return self.block.nbytes + self.pixels.nbytes + sum(output.nbytes for output in self._outputs) + landing
+        outputs = sum(output.nbytes for output in self._outputs)
+        composer = self.composer.nbytes if self.composer else 0
+        return self.block.nbytes + self.pixels.nbytes + outputs + landing + composer
 
     def outputs(self, spec: TowerSpec, capacity: Counts) -> tuple[Tensor, ...]:
         """Static outputs of a budget, each `[levels, rows, width]`."""
@@ -212,9 +258,11 @@ class Arena:
         slot.wait()
         return slot
 
-    def make_slots(self) -> None:
-        """Allocates both host copies now: pinning takes milliseconds."""
-        self._slots = [slot or self._new_slot() for slot in self._slots]
+    def make_slots(self) -> list[StagingSlot]:
+        """Both host copies, allocated now: pinning takes milliseconds."""
+        slots = [slot or self._new_slot() for slot in self._slots]
+        self._slots = [*slots]
+        return slots
 
     def _new_slot(self) -> StagingSlot:
         return StagingSlot(self._nbytes, self._shape, self._dtype, self.device)

@@ -88,13 +88,21 @@ class Engine:
         with self._lock:
             return self.planner.plan(grids, eager=not self.config.strict)
 
+    def patches(self, grids: tuple[Grid, ...]) -> int:
+        """Patch rows of these items."""
+        with self._lock:
+            return self.planner.patches(grids)
+
     def warm_metadata(self, grids: Iterable[Grid] | None = None) -> None:
-        """Computes the metadata of grids ahead of their first use.
+        """Computes the metadata of grids ahead of their first use. What is captured keeps it on the device, too.
 
         Args:
             grids: default: the square images of up to 32 x 32 tokens.
         """
-        self.staging.warm(grids)
+        with self._lock, self._guard():
+            stream = self._order.enter()
+            self.staging.warm(grids, self.ladder.composer)
+            self._order.leave(stream)
 
     @torch.no_grad()
     def capture(self, progress: Progress | None = None) -> None:
@@ -102,11 +110,11 @@ class Engine:
         with self._lock, self._guard():
             if self.ladder.complete:
                 return
-            self.warm_metadata()
             self._order.synchronize()
             stream = self._order.enter()
             self.ladder.capture(progress)
             self._order.leave(stream)
+            self.warm_metadata()
             budgets = len(self.budgets)
             if self.config.measure and self.ladder.graphs:
                 if progress:
@@ -187,7 +195,7 @@ class Engine:
                 metadata_misses=staging.grids.misses,
                 captured_graphs=len(ladder.graphs) + len(ladder.long),
                 graph_bytes=ladder.graph_bytes,
-                static_bytes=ladder.static_bytes + staging.blocks.nbytes,
+                static_bytes=ladder.static_bytes,
                 capture_seconds=ladder.capture_seconds,
                 measure_seconds=self._measure_seconds,
             )
@@ -229,7 +237,6 @@ class Engine:
         with self._lock:
             self._order.synchronize()
             self.ladder.release()
-            self.staging.blocks.clear()
             self._prepared.clear()
             self._released = True
             if self.device.type == "cuda":
@@ -245,7 +252,7 @@ class Engine:
             mode = mode if self.config.graph else "eager"
             packs = self.planner.plan(grids, split=mode != "eager", eager=mode == "auto" and not self.config.strict)
             self._counters.plan(packs, len(grids))
-            together = len(packs) == 1 and len(packs[0].pieces) == len(grids)
+            together = len(packs) == 1 and len(packs[0].grids) == len(grids)
             if isinstance(rows, Tensor) and not together:
                 rows = rows.split([grid.patches for grid in grids])
             ran = [(pack, self._runner.run(pack, pixels_of(pack, rows), mode)) for pack in packs]

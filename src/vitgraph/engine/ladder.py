@@ -13,6 +13,7 @@ from vitgraph.attention.base import VarlenAttention, has_own_graph
 from vitgraph.config import EncoderConfig
 from vitgraph.core import Counts
 from vitgraph.engine.buffers import Arena, MetadataLayout, StaticBuffers
+from vitgraph.engine.compose import Composer, make_composer
 from vitgraph.engine.graph import CapturedGraph, GraphPool
 from vitgraph.models.contract import TowerBuffers, TowerSpec
 from vitgraph.planning.budgets import make_budgets
@@ -72,6 +73,11 @@ class Ladder:
         """Device memory of the static buffers."""
         return self._arena.nbytes if self._arena else 0
 
+    @property
+    def composer(self) -> Composer | None:
+        """What composes metadata on the device; None where the host writes it, or nothing is allocated yet."""
+        return self._arena.composer if self._arena else None
+
     def static(self, index: int) -> StaticBuffers:
         """The static buffers of a budget, made on first use."""
         if index not in self._buffers:
@@ -82,7 +88,9 @@ class Ladder:
     def _make_arena(self) -> Arena:
         if self._arena is None:
             nbytes = max(layout.nbytes for layout in self._layouts)
-            self._arena = Arena(self._spec, self.budgets[-1].capacity, nbytes, self._device, self._dtype)
+            capacity = self.budgets[-1].capacity
+            self._arena = Arena(self._spec, capacity, nbytes, self._device, self._dtype)
+            self._arena.composer = make_composer(self._spec, self._layouts, capacity, self._arena.block)
         return self._arena
 
     def runs_long(self, index: int, counts: Counts) -> bool:
@@ -124,8 +132,10 @@ class Ladder:
         if self._config.memory_limit is None:
             order.reverse()
         arena = self._make_arena()
+        slots = arena.make_slots()
+        if arena.composer is not None:
+            arena.composer.warm_up(slots)
         arena.clear_block()
-        arena.make_slots()
         warm_ups = self._warm_ups(order)
         for done, index in enumerate(order):
             if progress:

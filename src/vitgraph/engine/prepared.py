@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vitgraph.core import Pack
-from vitgraph.engine.blocks import KeptBlock
 from vitgraph.engine.buffers import StaticBuffers
 from vitgraph.engine.graph import CapturedGraph
 from vitgraph.engine.results import Span
@@ -25,7 +24,6 @@ class PreparedReplay:
         pack: the only one of the batch.
         tokens: of its budget.
         buffers: of its budget.
-        metadata: its kept block.
         pixels: `[P, patch_width]`, the static rows that it fills.
         outputs: static, each `[levels, rows, width]`, narrowed to the pack's rows.
         spans: its items, in order, in the first output.
@@ -38,7 +36,6 @@ class PreparedReplay:
     pack: Pack
     tokens: int
     buffers: StaticBuffers
-    metadata: KeptBlock
     pixels: Tensor
     outputs: tuple[Tensor, ...]
     spans: tuple[Span, ...]
@@ -72,6 +69,8 @@ class PreparedReplays:
 
     def keep(self, key: Hashable, prepared: PreparedReplay) -> None:
         """Keeps it in the place of an earlier one."""
+        if not self._size:
+            return
         if len(self._entries) >= self._size:
             del self._entries[next(iter(self._entries))]
         self._entries[key] = prepared

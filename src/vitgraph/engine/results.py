@@ -62,7 +62,7 @@ def embeddings_of(ran: Sequence[Ran], grids: Sequence[Grid], counts: Callable[[G
     def tokens_of(grid: Grid) -> int:
         return counts(grid)["token"]
 
-    if len(ran) == 1 and len(ran[0][0].pieces) == len(grids):
+    if len(ran) == 1 and len(ran[0][0].grids) == len(grids):
         pack, outputs = ran[0]
         return embeddings(outputs[0], spans_of(pack.grids, tokens_of))
     found: list[list[tuple[int, Tensor, Span]]] = [[] for _ in grids]

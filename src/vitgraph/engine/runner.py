@@ -107,7 +107,7 @@ class PackRunner:
             self._staging.return_rows()
 
     def prepare(self, pack: Pack, planner: Planner) -> PreparedReplay | None:
-        """All that `replay` needs, where the pack's metadata is kept on the device and its budget has its graph.
+        """All that `replay` needs, where the pack's budget has its graph.
 
         Args:
             pack: that ran last: whole items, in the caller's order.
@@ -116,9 +116,6 @@ class PackRunner:
         if pack.budget is None:
             return None
         buffers = self._ladder.static(pack.budget)
-        kept = buffers.arena.holds
-        if kept is None:
-            return None
         long = self._ladder.runs_long(pack.budget, pack.counts)
         graph = self._graph(pack.budget, long)
         if self._on_device and graph is None:
@@ -127,7 +124,6 @@ class PackRunner:
             pack=pack,
             tokens=self._ladder.budgets[pack.budget].tokens,
             buffers=buffers,
-            metadata=kept,
             pixels=buffers.inputs.pixel_values[: pack.counts["patch"]],
             outputs=self._filled(buffers, pack),
             spans=spans_of(pack.grids, lambda grid: planner.counts(grid)["token"]),
@@ -144,11 +140,7 @@ class PackRunner:
             prepared: from `prepare`.
             planner: that plans now.
         """
-        return (
-            prepared.cost is planner.cost
-            and prepared.metadata.content is not None
-            and prepared.graph is self._graph(prepared.pack.budget, prepared.long)
-        )
+        return prepared.cost is planner.cost and prepared.graph is self._graph(prepared.pack.budget, prepared.long)
 
     def replay(self, prepared: PreparedReplay, rows: Tensor) -> Outputs:
         """The pack's outputs, in memory of their own. Before the launch nothing is done per item.
@@ -159,19 +151,16 @@ class PackRunner:
         """
         stream = self._order.enter()
         try:
-            self._staging.load(prepared.buffers, prepared.metadata, stream)
-            if rows.device == self._device:
+            if rows.device == self._device and self._staging.holds(prepared.buffers, prepared.pack):
                 prepared.pixels.copy_(rows, non_blocking=True)
             else:
-                self._staging.copy_pixels(prepared.pixels, [rows], prepared.buffers.arena, stream)
+                self._staging.fill_pack(prepared.buffers, prepared.pack, [rows], stream)
             prepared.launch()
             outputs = tuple([output.clone() for output in prepared.outputs])
         finally:
             self._order.leave(stream)
             self._staging.return_rows()
         pack, items = prepared.pack, len(prepared.spans)
-        prepared.metadata.used = True
-        self._staging.grids.count_hits(items)
         self._counters.prepared(items, pack.counts["token"], prepared.tokens, prepared.graph is not None)
         if self._verbose:
             _log(pack, prepared.tokens)
@@ -221,4 +210,4 @@ class PackRunner:
 
 
 def _log(pack: Pack, tokens: int) -> None:
-    logger.info("pack of %d items: %s in budget %d", len(pack.pieces), dict(pack.counts), tokens)
+    logger.info("pack of %d items: %s in budget %d", len(pack.grids), dict(pack.counts), tokens)

@@ -115,5 +115,5 @@ class StagingSlot:
 
     def wait(self) -> None:
         """Until the device has read what was written here last."""
-        if self.event is not None:
+        if self.event is not None and not self.event.query():
             self.event.synchronize()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -9,13 +10,15 @@ import torch
 from torch import Tensor
 
 from vitgraph.core import Grid, Pack
-from vitgraph.engine.blocks import BlockCache, KeptBlock
-from vitgraph.engine.buffers import Arena, StaticBuffers, with_lengths
+from vitgraph.engine.buffers import StaticBuffers, with_lengths
+from vitgraph.engine.compose import Composer
 from vitgraph.engine.pixels import PieceRows, copy_rows
 from vitgraph.engine.slots import StagingSlot
 from vitgraph.errors import PatchError
 from vitgraph.models.contract import Tower, TowerBuffers
 from vitgraph.planning.metadata import MetadataCache
+
+logger = logging.getLogger("vitgraph")
 
 COMMON_SIDE = 32
 
@@ -31,15 +34,23 @@ class Staging:
 
     def __init__(self, tower: Tower, device: torch.device, most_grids: int) -> None:
         self.grids = MetadataCache(tower.spec.counts, tower.metadata, most_grids)
-        self.blocks = BlockCache()
         self.metadata_is_only_read = True
         """False once a forward was seen to write to its metadata: what lies there is then written for every run."""
         self._spec, self._device = tower.spec, device
         self._sent: StagingSlot | None = None
+        self._told = False
 
-    def warm(self, grids: Iterable[Grid] | None) -> None:
-        """Computes the metadata of grids ahead of their first use; default: square images of usual sizes."""
-        self.grids.warm(self._common_grids() if grids is None else grids)
+    def warm(self, grids: Iterable[Grid] | None, composer: Composer | None = None) -> None:
+        """Computes the metadata of grids ahead of their first use.
+
+        Args:
+            grids: default: square images of usual sizes.
+            composer: whose device gets it, too.
+        """
+        known = tuple(dict.fromkeys(self._common_grids() if grids is None else grids))
+        self.grids.warm(known)
+        if composer is not None and known:
+            composer.learn(known, lambda new: [self.grids.peek(grid) for grid in new])
 
     def _common_grids(self) -> Iterable[Grid]:
         for side in range(1, COMMON_SIDE + 1):
@@ -50,10 +61,17 @@ class Staging:
                 continue
             yield grid
 
+    def holds(self, buffers: StaticBuffers, pack: Pack) -> bool:
+        """Whether the pack's metadata lies in the buffers already; then its items count as found."""
+        found = buffers.arena.holds is pack and self.metadata_is_only_read
+        if found:
+            self.grids.count_hits(len(pack.grids))
+        return found
+
     def fill_pack(
         self, buffers: StaticBuffers, pack: Pack, pixels: Sequence[PieceRows], stream: torch.cuda.Stream | None
     ) -> None:
-        """Fills the buffers of the pack's budget, its metadata from the device if it is kept there.
+        """Fills the buffers of the pack's budget; its metadata only if that does not lie there already.
 
         Args:
             buffers: of the pack's budget.
@@ -61,54 +79,22 @@ class Staging:
             pixels: of its pieces, in row order.
             stream: the current stream on CUDA.
         """
-        key = pack.budget, pack.grids
-        kept = self.blocks.find(key)
-        if kept is None:
+        if not self.holds(buffers, pack):
             self.fill(buffers, pack.grids, pixels, stream)
-            buffers.arena.holds = self.blocks.offer(key, buffers.block)
+            buffers.arena.holds = pack
             return
-        self.grids.count_hits(len(pack.grids))
-        self.load(buffers, kept, stream)
-        self.copy_pixels(buffers.inputs.pixel_values, pixels, buffers.arena, stream)
-
-    def load(self, buffers: StaticBuffers, kept: KeptBlock, stream: torch.cuda.Stream | None) -> None:
-        """Copies a kept block of this budget into the static one, unless its bytes lie there already.
-
-        Args:
-            buffers: of the budget.
-            kept: not dropped.
-            stream: the current stream on CUDA.
-        """
-        arena, content = buffers.arena, kept.content
-        if arena.holds is kept and self.metadata_is_only_read:
-            return
-        assert content is not None, "a dropped block cannot be loaded"
-        arena.holds = None
-        buffers.block.copy_(content, non_blocking=True)
-        arena.holds = kept
-        if stream is not None:
-            # The cache may drop it before this stream has read it, and another stream may have made it.
-            content.record_stream(stream)
-
-    def copy_pixels(
-        self, target: Tensor, pixels: Sequence[PieceRows], arena: Arena, stream: torch.cuda.Stream | None
-    ) -> None:
-        """Copies rows into static ones, through a staging slot where some come from the host.
-
-        Args:
-            target: `[P, patch_width]`, of the arena.
-            pixels: in row order.
-            arena: whose slots to use.
-            stream: the current stream on CUDA.
-        """
         from_host = any(rows.device != self._device for rows in pixels)
-        slot = arena.next_slot() if from_host else None
-        self._copy_rows(target, pixels, slot)
+        slot = buffers.arena.next_slot() if from_host else None
+        self._copy_rows(buffers.inputs.pixel_values, pixels, slot)
         if slot is not None:
             slot.record(stream)
 
     def _copy_rows(self, target: Tensor, pixels: Sequence[PieceRows], slot: StagingSlot | None) -> None:
         self._sent = slot
+        if len(pixels) == 1 and pixels[0].device == self._device:
+            rows = pixels[0]
+            target[: rows.shape[0]].copy_(rows, non_blocking=True)
+            return
         copy_rows(target, pixels, slot)
 
     def return_rows(self) -> None:
@@ -124,7 +110,7 @@ class Staging:
         pixels: Sequence[PieceRows],
         stream: torch.cuda.Stream | None = None,
     ) -> None:
-        """One staged copy of all metadata, then the pixel rows, all in stream order.
+        """One staged copy for all metadata, then the pixel rows, all in stream order.
 
         Args:
             buffers: to fill.
@@ -132,12 +118,28 @@ class Staging:
             stream: the current stream, or None to look it up.
         """
         slot = buffers.arena.next_slot()
-        staged, arrays = slot.part(buffers.layout)
-        buffers.layout.write(arrays, self.grids.get_all(grids))
         buffers.arena.holds = None
-        buffers.block.copy_(staged, non_blocking=True)
+        # Before the composer's graph: the driver takes longer for a copy between two graphs.
         self._copy_rows(buffers.inputs.pixel_values, pixels, slot)
+        if not (buffers.arena.composer and self._compose(buffers, grids, slot)):
+            staged, arrays = slot.part(buffers.layout)
+            buffers.layout.write(arrays, self.grids.get_all(grids))
+            buffers.block.copy_(staged, non_blocking=True)
         slot.record(stream)
+
+    def _compose(self, buffers: StaticBuffers, grids: Sequence[Grid], slot: StagingSlot) -> bool:
+        """Lets the device put the metadata together; False where the host must write it."""
+        composer = buffers.arena.composer
+        if composer is None or not grids:
+            return False
+        before = self.grids.lookups
+        done = composer.compose(grids, buffers.layout, slot, self.grids.get_all)
+        if done:
+            self.grids.count_hits(len(grids) - (self.grids.lookups - before))
+        elif not self._told:
+            self._told = True
+            logger.warning("metadata is written on the host: the parts of %d items need too much memory", len(grids))
+        return done
 
     def uncaptured(self, inputs: TowerBuffers, grids: Sequence[Grid]) -> TowerBuffers:
         """Inputs of a forward that is not captured: on the CPU the reference attention may use the host's segment

@@ -80,7 +80,8 @@ class Counters:
         """Items that came, and those that had to be cut."""
         self.stats.items += items
         self.stats.packs += len(packs)
-        self.stats.split_items += len({p.item for pack in packs for p in pack.pieces if p.first_frame > 0})
+        if len(packs) > 1:  # the pieces of an item that was cut never fit one
+            self.stats.split_items += len({p.item for pack in packs for p in pack.pieces if p.first_frame > 0})
 
     def prepared(self, items: int, tokens: int, budget: int, on_graph: bool) -> None:
         """A batch whose replay was prepared: `items` items of `tokens` tokens, in one pack of this many tokens."""

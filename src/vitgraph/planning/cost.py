@@ -72,10 +72,14 @@ class CostModel:
 
     def _eager_fixed(self, rows: int) -> float:
         known, times = self.eager_rows, self.eager_time
-        if rows <= known[-1] or len(known) == 1:
-            return float(np.interp(rows, known, times))
-        per_row = max(times[-1] - times[-2], 0.0) / (known[-1] - known[-2])
-        return times[-1] + per_row * (rows - known[-1])
+        after = bisect_left(known, rows)
+        if after == 0 or len(known) == 1:
+            return times[0]
+        if after == len(known):
+            per_row = max(times[-1] - times[-2], 0.0) / (known[-1] - known[-2])
+            return times[-1] + per_row * (rows - known[-1])
+        share = (rows - known[after - 1]) / (known[after] - known[after - 1])
+        return times[after - 1] + share * (times[after] - times[after - 1])
 
     def cheapest(self, first: int, load: float, long: bool = False) -> int:
         """The budget with the least time among `first` and the larger ones: a few rows more may fill the GPU better."""

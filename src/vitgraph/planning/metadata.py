@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from threading import Lock
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -14,16 +15,19 @@ from vitgraph.core import Counts, Grid
 Metadata = Mapping[str, np.ndarray]
 
 
-class GridPlan(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class GridPlan:
     """What depends on a grid alone.
 
     Attributes:
         counts: rows of each kind that an item of this grid fills.
         metadata: host arrays by buffer name, relative to the item; shared and read-only.
+        derived: what others made from it, kept as long as it is.
     """
 
     counts: Counts
     metadata: Metadata
+    derived: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
 
 class MetadataCache:
@@ -46,6 +50,11 @@ class MetadataCache:
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    @property
+    def lookups(self) -> int:
+        """Hits and misses."""
+        return self.hits + self.misses
 
     def get(self, grid: Grid) -> GridPlan:
         """The plan of an item of this grid."""

@@ -61,6 +61,7 @@ class Planner:
         at = self._kinds.index
         self._sets = [(at(rows), at(segments)) for rows, segments in rule.segment_sets] if budgets else []
         self._sizes: dict[Grid, _Sized] = {}
+        self._last: tuple[tuple[Grid, ...], tuple[Size, float]] | None = None
         self._plans: OrderedDict[tuple[tuple[Grid, ...], bool, bool], tuple[Pack, ...]] = OrderedDict()
         self.cost = cost or CostModel.guess(budgets)
 
@@ -91,10 +92,16 @@ class Planner:
         Returns:
             Packs in the order in which their first item came; pieces of a pack in the caller's order.
         """
-        key = (tuple(grids), split, eager)
+        grids = tuple(grids)
+        if not grids:
+            return []
+        together = self._one_pack(grids, eager) if self._budgets else None
+        if together is not None:
+            return [together]
+        key = (grids, split, eager)
         packs = self._plans.get(key)
         if packs is None:
-            packs = tuple(self._plan(grids, split, eager))
+            packs = tuple(self._several(grids, split, eager))
             if len(grids) <= MOST_PLANNED_ITEMS:
                 self._plans[key] = packs
                 if len(self._plans) > MOST_PLANS:
@@ -102,6 +109,10 @@ class Planner:
         else:
             self._plans.move_to_end(key)
         return list(packs)
+
+    def patches(self, grids: tuple[Grid, ...]) -> int:
+        """Patch rows of all items; what is looked up for it serves the plan of the same tuple, too."""
+        return self._total(grids)[0][self._rows] if grids and self._budgets else sum(grid.patches for grid in grids)
 
     def counts(self, grid: Grid) -> Counts:
         """Rows of each kind that one item fills."""
@@ -118,21 +129,28 @@ class Planner:
             return self._cost.eager(pack.counts["patch"], load, long)
         return self._cost.replay(pack.budget, load, long)
 
-    def _plan(self, grids: Sequence[Grid], split: bool, eager: bool) -> list[Pack]:
-        if not grids:
-            return []
-        pieces = list(map(Piece, range(len(grids)), grids))
-        sized = [self._sizes.get(grid) or self._sized(grid) for grid in grids]
-        if not self._budgets:
-            return [Pack((p,), s.counts, None, "no budgets") for p, s in zip(pieces, sized, strict=True)]
-        size = _sum([s.size for s in sized])
-        index = self._smallest(size)
-        if index < len(self._budgets) and not self._cost.splitting_helps(index):
-            return [self._pack_of(pieces, size, sum([s.load for s in sized]), eager)]
-        return self._several(pieces, split, eager)
+    def _one_pack(self, grids: tuple[Grid, ...], eager: bool) -> Pack | None:
+        """All items in one pack; None where the largest budget does not hold them, or several packs may cost less."""
+        size, load = self._total(grids)
+        smallest = self._smallest(size)
+        if smallest == len(self._budgets) or self._cost.splitting_helps(smallest):
+            return None
+        return Pack.of_whole_items(grids, *self._placed(size, smallest, load, eager))
 
-    def _several(self, pieces: list[Piece], split: bool, eager: bool) -> list[Pack]:
+    def _total(self, grids: tuple[Grid, ...]) -> tuple[Size, float]:
+        """Size and attention load of all items; asked again with the same tuple, it returns the same."""
+        if self._last is not None and self._last[0] is grids:
+            return self._last[1]
+        sized = [self._sizes.get(grid) or self._sized(grid) for grid in grids]
+        total = (sized[0].size, sized[0].load) if len(sized) == 1 else _sum(sized)
+        self._last = grids, total
+        return total
+
+    def _several(self, grids: tuple[Grid, ...], split: bool, eager: bool) -> list[Pack]:
         """Packs of items that need not, or cannot, run in one."""
+        pieces = list(map(Piece, range(len(grids)), grids))
+        if not self._budgets:
+            return [Pack((piece,), self._sized(piece.grid).counts, None, "no budgets") for piece in pieces]
         largest = self._budgets[-1].capacity
         if split and self._rule.splits_by_frame:
             pieces = [part for piece in pieces for part in self._cut(piece, largest)]
@@ -162,16 +180,25 @@ class Planner:
 
     def _pack(self, pieces: Sequence[Piece], eager: bool) -> Pack:
         sized = [self._sized(piece.grid) for piece in pieces]
-        return self._pack_of(pieces, _sum([s.size for s in sized]), sum([s.load for s in sized]), eager)
+        size, load = _sum(sized)
+        return Pack(tuple(pieces), *self._placed(size, self._smallest(size), load, eager))
 
-    def _pack_of(self, pieces: Sequence[Piece], size: Size, load: float, eager: bool) -> Pack:
+    def _placed(self, size: Size, smallest: int, load: float, eager: bool) -> tuple[Counts, int | None, str]:
+        """Where a pack runs: its counts, its budget, and the reason why it runs in none.
+
+        Args:
+            size: rows of each kind.
+            smallest: the smallest budget that holds them.
+            load: of the attention.
+            eager: whether it may run in none.
+        """
         counts = dict(zip(self._kinds, size, strict=True))
         long = self._rule.is_long(counts)
-        index = self._cost.cheapest(self._smallest(size), load, long)
+        index = self._cost.cheapest(smallest, load, long)
         replay = self._cost.replay(index, load, long)
         if eager and self._cost.eager(counts["patch"], load, long) < EAGER_MARGIN * replay:
-            return Pack(tuple(pieces), counts, None, EAGER_IS_FASTER)
-        return Pack(tuple(pieces), counts, index)
+            return counts, None, EAGER_IS_FASTER
+        return counts, index, ""
 
     def _too_large(self, piece: Piece, largest: Counts) -> Pack:
         counts = self._sized(piece.grid).counts
@@ -192,5 +219,6 @@ class Planner:
         return [Piece(item, Grid(min(frames, grid.t - first), grid.h, grid.w), first) for first in starts]
 
 
-def _sum(sizes: Sequence[Size]) -> Size:
-    return tuple(map(sum, zip(*sizes, strict=True)))
+def _sum(sized: Sequence[_Sized]) -> tuple[Size, float]:
+    size = tuple(map(sum, zip(*[s.size for s in sized], strict=True)))
+    return size, sum([s.load for s in sized])
