@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -9,12 +11,16 @@ import pytest
 import torch
 from torch import nn
 
+import tiny_generic
 import vitgraph
+from greedy import assert_tokens_follow, moved
+from tiny_transformers import generate
 from vision_modules import GRID_CASES, TILE_CASES, Case, tensors_of
 from vitgraph.config import EncoderConfig
 from vitgraph.core import Grid
 from vitgraph.errors import UnsupportedModuleError
 from vitgraph.integrations.transformers.generic import GenericBackend, generic_backend
+from vitgraph.integrations.transformers.handle import ModuleReport
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -22,7 +28,10 @@ CONFIG = EncoderConfig(budgets=(20, 70, 400), max_items=16, max_frames=32, lazy=
 PICTURE_CONFIG = EncoderConfig(max_tokens=64, lazy=True, measure=False)
 CASES = [*GRID_CASES, *TILE_CASES]
 CLIP, PIXIO = (next(case for case in TILE_CASES if case.folder == name) for name in ("clip", "pixio"))
+PADDLE = next(case for case in GRID_CASES if case.folder == "paddleocr_vl")
 ERROR = 3e-2
+ROOM = 1 << 20
+"""Bytes that the allocator may hold more or less between two looks at it."""
 
 
 def build(case: Case, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.nn.Module, GenericBackend]:
@@ -175,3 +184,81 @@ def test_a_graph_holds_the_attention_of_the_modules_own_forward(monkeypatch: pyt
     run(backend, on_device(PIXIO, module))
     assert backend.stats.captured_graphs and masks and not any(mask is not None for mask in masks)
     backend.release()
+
+
+# -- whole models ----------------------------------------------------------------------------------------------
+
+
+MODEL_CONFIG = EncoderConfig(budgets=(8, 16, 32, 64, 128), lazy=True, lazy_after=2, measure=False)
+
+
+def accelerate(model: nn.Module) -> nn.Module:
+    return vitgraph.accelerate(model, MODEL_CONFIG, backend="generic")
+
+
+def report_of(model: nn.Module) -> ModuleReport:
+    (report,) = vitgraph.acceleration(model).modules.values()
+    return report
+
+
+@pytest.mark.parametrize("name", tiny_generic.NAMES)
+def test_fp32_generation_is_equal_token_by_token(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Convolutions would round to TF32, and otherwise at other sizes.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    model = tiny_generic.make(name).cuda()
+    inputs = [moved(one, model) for one in tiny_generic.prompts(name)]
+    want = [generate(model, one) for one in inputs]
+    accelerate(model)
+    for _ in range(3):
+        assert [generate(model, one) for one in inputs] == want
+    report = report_of(model)
+    assert report.stats.graph_replays > 0 and not report.fallbacks and not report.stats.fallbacks
+
+
+@pytest.mark.parametrize("name", tiny_generic.NAMES)
+def test_bf16_generation_follows_the_same_tokens(name: str) -> None:
+    """Equal up to the first position at which the best logits lie within rounding."""
+    model, wide = tiny_generic.make(name, torch.bfloat16).cuda(), tiny_generic.make(name).cuda()
+    wide.load_state_dict(model.state_dict())
+    assert_tokens_follow(model, wide, tiny_generic.prompts(name), accelerate)
+    report = report_of(model)
+    assert report.stats.graph_replays > 0 and not report.fallbacks and not report.stats.fallbacks
+
+
+def random_call(case: Case, source: random.Random) -> dict[str, Any]:
+    """Images and clips of any size, or any number of pictures, on the device."""
+    if not case.grids:
+        return {"pixel_values": torch.randn(source.randint(1, 12), 3, 56, 56, device="cuda", dtype=torch.bfloat16)}
+    grids = [
+        (source.choice((1, 1, 2)), 4 * source.randint(1, 4), 4 * source.randint(1, 4))
+        for _ in range(source.randint(1, 4))
+    ]
+    rows = sum(t * h * w for t, h, w in grids)
+    pixels = torch.randn(rows, *case.row, device="cuda", dtype=torch.bfloat16)
+    return {"pixel_values": pixels.unsqueeze(0) if case.batched else pixels, "grid_thw": torch.tensor(grids)}
+
+
+@pytest.mark.parametrize("case", [PADDLE, CLIP], ids=str)
+def test_a_thousand_calls_hold_no_more_memory_and_capture_nothing_anew(case: Case) -> None:
+    config = EncoderConfig(budgets=(64, 256, 1024), lazy=True, measure=False)
+    module = vitgraph.accelerate(case.build().to("cuda", torch.bfloat16), config, backend="generic")
+    source, held = random.Random(0), 0
+    with torch.no_grad():
+        vitgraph.acceleration(module).capture(progress=False)
+        complete = report_of(module).stats
+        assert complete.captured_graphs > 0
+
+        def others() -> int:
+            """Bytes beside static buffers."""
+            torch.cuda.synchronize()
+            gc.collect()
+            return torch.cuda.memory_allocated() - report_of(module).stats.static_bytes
+
+        for call in range(1000):
+            module(**random_call(case, source))
+            if call == 100:
+                held = others()
+    assert abs(others() - held) < ROOM
+    report = report_of(module)
+    assert (report.stats.captured_graphs, report.stats.graph_bytes) == (complete.captured_graphs, complete.graph_bytes)
+    assert report.stats.graph_replays >= 1000 and report.calls == 1000 and not report.fallbacks

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import gc
 import random
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import vitgraph
+from greedy import assert_tokens_follow, logits_of
 from tiny_transformers import CLIPS, IMAGES, MODELS, NAMES, Grids, generate, prompt, tower_inputs, vision_module
 from vitgraph import EncoderConfig
-from vitgraph.engine.blocks import MOST_BYTES
 from vitgraph.integrations.transformers.handle import ModuleReport
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -75,64 +76,46 @@ def test_bf16_logits_are_as_near_to_fp32_as_the_models_own(name: str) -> None:
     model, wide = make(name), make(name, torch.float32)
     wide.load_state_dict(model.state_dict())
     given = prompts(name)
-    want = logits_of(wide, [on_gpu(one, torch.float32) for one in given])
-    inputs = [on_gpu(one, torch.bfloat16) for one in given]
-    own = error(logits_of(model, inputs), want)
+    want = logits_of(wide, given)
+    own = error(logits_of(model, given), want)
     vitgraph.accelerate(model, CONFIG, backend="native")
-    found = [error(logits_of(model, inputs), want) for _ in range(3)]
+    found = [error(logits_of(model, given), want) for _ in range(3)]
     report = report_of(model)
     assert report.stats.graph_replays > 0 and not report.fallbacks
     assert max(found) < 1.5 * own + 1e-3, (found, own)
 
 
-@torch.no_grad()
-def logits_of(model: nn.Module, inputs: list[dict[str, Tensor]]) -> Tensor:
-    """Logits of every position of every prompt."""
-    return torch.cat([model(**one).logits[0].float() for one in inputs])
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_bf16_generation_follows_the_same_tokens(name: str) -> None:
-    """Greedy tokens are equal up to the first position at which the best logits lie within rounding."""
+    """Equal up to the first position at which the best logits lie within rounding."""
     model, wide = make(name), make(name, torch.float32)
     wide.load_state_dict(model.state_dict())
-    given = prompts(name)
-    inputs = [on_gpu(one, torch.bfloat16) for one in given]
-    exact = logits_of(wide, [on_gpu(one, torch.float32) for one in given])
-    rounding = (logits_of(model, inputs) - exact).abs().max()
-    settings = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
-    want = [model.generate(**one, **settings) for one in inputs]
-    vitgraph.accelerate(model, CONFIG, backend="native")
-    for _ in range(3):
-        for one, reference in zip(inputs, want, strict=True):
-            got = model.generate(**one, **settings)
-            start = one["input_ids"].shape[1]
-            for step, logits in enumerate(reference.logits):
-                a, b = (out.sequences[0, start + step].item() for out in (got, reference))
-                if a != b:
-                    # Two logits of two runs, each off by as much as the model itself is.
-                    gap = logits[0, b].float() - logits[0, a].float()
-                    assert gap < 4 * rounding, f"token {a} for {b}: {gap:.3f} apart, rounding {rounding:.3f}"
-                    break
+    assert_tokens_follow(model, wide, prompts(name), lambda m: vitgraph.accelerate(m, CONFIG, backend="native"))
     report = report_of(model)
     assert report.stats.graph_replays > 0 and not report.fallbacks
 
 
-@pytest.mark.parametrize("name", ["qwen3_vl", "glm4v"])
-def test_fp32_generation_is_equal_token_by_token(name: str) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_fp32_generation_is_equal_token_by_token(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The module's convolutions would round to TF32, which the tower's products do not.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     model = make(name, torch.float32)
     inputs = [on_gpu(one, torch.float32) for one in prompts(name)]
     want = [generate(model, one) for one in inputs]
     vitgraph.accelerate(model, CONFIG, backend="native")
     for _ in range(3):
         assert [generate(model, one) for one in inputs] == want
-    assert not vitgraph.acceleration(model).fallbacks
+    report = report_of(model)
+    assert report.stats.graph_replays > 0 and not report.fallbacks
 
 
 def random_grids(name: str, source: random.Random) -> Grids:
     if name == "internvl":
         return [(1, 4, 4)] * source.randint(1, 12)
-    return [(1, 2 * source.randint(1, 8), 2 * source.randint(1, 8)) for _ in range(source.randint(1, 4))]
+    return [
+        (source.choice((1, 1, 2)), 2 * source.randint(1, 8), 2 * source.randint(1, 8))
+        for _ in range(source.randint(1, 4))
+    ]
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl", "qwen2_5_vl", "internvl"])
@@ -146,7 +129,7 @@ def test_a_thousand_calls_hold_no_more_memory_and_capture_nothing_anew(name: str
         held = 0
 
         def others() -> int:
-            """Bytes beside static buffers, among them metadata of packs that came again: they have a limit."""
+            """Bytes beside static buffers."""
             torch.cuda.synchronize()
             gc.collect()
             return torch.cuda.memory_allocated() - report_of(model).stats.static_bytes
@@ -159,7 +142,7 @@ def test_a_thousand_calls_hold_no_more_memory_and_capture_nothing_anew(name: str
     stats = report_of(model).stats
     assert (stats.captured_graphs, stats.capture_seconds) == (complete.captured_graphs, complete.capture_seconds)
     assert stats.graph_bytes == complete.graph_bytes
-    assert stats.static_bytes - complete.static_bytes <= MOST_BYTES
+    assert stats.static_bytes == complete.static_bytes
     assert report_of(model).calls == 1000 and not report_of(model).fallbacks
 
 
@@ -219,6 +202,33 @@ def test_inside_a_callers_capture_the_own_forward_runs() -> None:
         tower(**inputs)
     assert len(seen) == 1
     assert list(vitgraph.acceleration(model).fallbacks) == ["the caller captures a CUDA graph"]
+
+
+PARTS = ("", "model.visual", "model.language_model", "lm_head")
+
+
+@pytest.mark.parametrize("hooks", [False, True], ids=["device_map", "device_map with hooks"])
+def test_a_model_that_device_map_places_is_accelerated(hooks: bool, tmp_path: Path, monkeypatch) -> None:
+    """Hugging Face's accelerate places a model on one device as it is, and on several with hooks on its parts."""
+    pytest.importorskip("accelerate")
+    from accelerate.hooks import attach_align_device_hook_on_blocks
+
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    made = MODELS["qwen3_vl"].make()
+    made.save_pretrained(tmp_path)
+    model = type(made).from_pretrained(tmp_path, dtype=torch.float32, device_map="cuda").eval()
+    assert next(vision_module(model).parameters()).is_cuda
+    if hooks:
+        attach_align_device_hook_on_blocks(model, dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, False))
+    inputs = [on_gpu(one, torch.float32) for one in prompts("qwen3_vl")]
+    want = [generate(model, one) for one in inputs]
+    vitgraph.accelerate(model, CONFIG, backend="native")
+    for _ in range(3):
+        assert [generate(model, one) for one in inputs] == want
+    report = report_of(model)
+    assert report.stats.graph_replays > 0 and not report.fallbacks
+    vitgraph.restore(model)
+    assert [generate(model, one) for one in inputs] == want
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
