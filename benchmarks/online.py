@@ -79,7 +79,8 @@ def padding_in_time(encoder: VisionEncoder) -> float:
             cost = planner.cost
             # A budget of exactly these rows would lie on the line between its neighbours.
             fixed = float(np.interp(pack.counts["patch"], cost.rows, cost.fixed))
-            exact += fixed + cost.slope[pack.budget or 0] * load
+            long = encoder.spec.is_long(pack.counts)
+            exact += fixed + cost.replay(pack.budget or 0, load, long) - cost.fixed[pack.budget or 0]
     return 1 - exact / taken
 
 

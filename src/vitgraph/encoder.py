@@ -277,9 +277,9 @@ class VisionEncoder:
         """
         known = self._grids
         rows: list[bytes] = np.frombuffer(key, GRID_ROW).tolist() if key and isinstance(key, bytes) else []
-        found = [known.get(row) for row in rows]
-        if rows and None not in found:
-            return tuple(found)  # type: ignore[arg-type]
+        found = tuple(map(known.get, rows))
+        if rows and all(found):
+            return found  # type: ignore[return-value]
         grids = tuple([known.get(tuple(grid)) or self._grid(grid) for grid in _host_grids(grid_thw)])
         if rows:
             known.update(zip(rows, grids, strict=True))
@@ -320,7 +320,7 @@ def _as_tensor(values: np.ndarray | Tensor) -> Tensor:
 def _batch_key(grid_thw: Tensor | Sequence[Sequence[int]]) -> Hashable:
     """What stands for the grids of a batch and is cheap to look up; not checked."""
     if isinstance(grid_thw, Tensor):
-        usual = grid_thw.dtype == torch.int64 and grid_thw.is_cpu and grid_thw.shape[1:] == (3,)
+        usual = grid_thw.dtype is torch.int64 and grid_thw.is_cpu and grid_thw.dim() == 2 and grid_thw.shape[1] == 3
         return grid_thw.numpy().tobytes() if usual else None
     key = tuple(grid_thw)
     return tuple(map(tuple, key)) if key and isinstance(key[0], list) else key

@@ -244,7 +244,6 @@ class Engine:
 
     # -- one call ----------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def _run(self, rows: Tensor | Sequence[Tensor], grids: Sequence[Grid], mode: Mode, key: Hashable) -> list[Ran]:
         with self._lock, self._guard():
             if mode == "auto" and not self.ladder.complete and not self.config.lazy:
@@ -253,6 +252,8 @@ class Engine:
             packs = self.planner.plan(grids, split=mode != "eager", eager=mode == "auto" and not self.config.strict)
             self._counters.plan(packs, len(grids))
             together = len(packs) == 1 and len(packs[0].grids) == len(grids)
+            # The static rows must not come to need gradients; nothing else on the way to a replay could record any.
+            rows = rows.detach() if isinstance(rows, Tensor) else [own.detach() for own in rows]
             if isinstance(rows, Tensor) and not together:
                 rows = rows.split([grid.patches for grid in grids])
             ran = [(pack, self._runner.run(pack, pixels_of(pack, rows), mode)) for pack in packs]
@@ -276,6 +277,7 @@ class Engine:
             with self._guard():
                 return prepared, self._runner.replay(prepared, rows)
 
+    @torch.no_grad()
     def _forward(self, inputs: TowerBuffers) -> Outputs:
         before = _version(inputs)
         with without_workspace(self.device):

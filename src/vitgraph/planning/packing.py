@@ -142,7 +142,7 @@ class Planner:
         if self._last is not None and self._last[0] is grids:
             return self._last[1]
         sized = [self._sizes.get(grid) or self._sized(grid) for grid in grids]
-        total = (sized[0].size, sized[0].load) if len(sized) == 1 else _sum(sized)
+        total = _sum(sized)
         self._last = grids, total
         return total
 
@@ -220,5 +220,5 @@ class Planner:
 
 
 def _sum(sized: Sequence[_Sized]) -> tuple[Size, float]:
-    size = tuple(map(sum, zip(*[s.size for s in sized], strict=True)))
-    return size, sum([s.load for s in sized])
+    _, sizes, loads = zip(*sized, strict=True)
+    return tuple(map(sum, zip(*sizes, strict=True))), sum(loads)
