@@ -10,6 +10,7 @@ class, per layer. Random weights and pixels.
 from __future__ import annotations
 
 import re
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,9 @@ from vitgraph import VisionEncoder
 from vitgraph.core import Grid
 from vitgraph.engine.graph import CapturedGraph
 from vitgraph.layers.block import Attention
+
+REST_SECONDS = 1.0
+"""Before each size: a GPU lowers its clock under load, and the next size should not inherit that."""
 
 ONE = {256: (16, 16), 1024: (32, 32), 2304: (48, 48), 4096: (64, 64), 8192: (64, 128), 16384: (128, 128)}
 """Patches -> grid of one image."""
@@ -65,6 +69,7 @@ def staged(encoder: VisionEncoder, grids: list[Grid]) -> CapturedGraph:
 
 def measure(encoder: VisionEncoder, grids: list[Grid], ceiling: float) -> dict[str, Any]:
     """One cell of the table."""
+    time.sleep(REST_SECONDS)
     time_ms = device_time(staged(encoder, grids).replay)
     flops = sum(tower_flops(encoder, grids))
     return {

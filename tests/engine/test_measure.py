@@ -12,7 +12,7 @@ from vitgraph.planning.cost import load_of
 from vitgraph.planning.packing import EAGER_IS_FASTER, Planner
 
 FLOOR, RATE, SLOPE, LAUNCH = 900.0, 2.0, 3e-4, 8000.0
-LONG = 0.8
+LONG, BESIDE = 0.8, 700.0
 
 
 class FakeGpu:
@@ -22,6 +22,7 @@ class FakeGpu:
         self.spec, self.budgets = encoder.spec, encoder.budgets
         self.timed: list[int] = []
         self.has_long = False
+        self.beside = 0.0
 
     def long(self, budget: int) -> bool:
         return self.has_long
@@ -30,7 +31,8 @@ class FakeGpu:
         self.timed.append(budget)
         assert fits(self._counts(grids), self.budgets[budget].capacity)
         slope = SLOPE * (LONG if long else 1)
-        return FLOOR + RATE * self.budgets[budget].capacity["patch"] + slope * self._load(grids)
+        beside = self.beside if long else 0.0
+        return FLOOR + RATE * self.budgets[budget].capacity["patch"] + slope * self._load(grids) + beside
 
     def eager(self, grids: list[Grid]) -> float:
         return max(LAUNCH, FLOOR + RATE * self._counts(grids)["patch"] + SLOPE * self._load(grids))
@@ -80,6 +82,20 @@ def test_packs_of_one_segment_have_a_slope_of_their_own(encoder: VisionEncoder) 
     packs = Planner(encoder.spec, encoder.budgets, cost).plan(one_item(encoder.spec, largest))
     predicted = Planner(encoder.spec, encoder.budgets, cost).predicted(packs)
     assert predicted < cost.replay(len(encoder.budgets) - 1, float(largest.capacity["patch"]) ** 2)
+
+
+def test_packs_of_several_long_segments_may_gain_less_than_one(encoder: VisionEncoder) -> None:
+    encoder = VisionEncoder.from_config("qwen3_vl", device="cpu", config=EncoderConfig(max_tokens=4096))
+    gpu = FakeGpu(encoder)
+    gpu.has_long, gpu.beside = True, BESIDE
+    cost = measure_costs(encoder.spec, encoder.budgets, range(len(encoder.budgets)), gpu, 10.0)
+    last = len(encoder.budgets) - 1
+    assert cost.long_fixed[last] == pytest.approx(BESIDE, rel=0.01)
+    for grids in (large_items(encoder.spec, encoder.budgets[last]), one_item(encoder.spec, encoder.budgets[last])):
+        assert cost.replay(last, gpu._load(grids), long=True) == pytest.approx(
+            gpu.replay(last, grids, long=True), rel=0.01
+        )
+    assert min(cost.long_fixed) >= 0
 
 
 def test_budgets_without_a_graph_cost_what_eager_costs(encoder: VisionEncoder) -> None:

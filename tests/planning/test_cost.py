@@ -32,7 +32,8 @@ def models(draw: st.DrawFn) -> tuple[tuple, CostModel]:
     rows = tuple(b.capacity["patch"] for b in budgets)
     gains = draw(st.lists(st.floats(0.5, 1.0), min_size=len(budgets), max_size=len(budgets)))
     long = tuple(s * gain for s, gain in zip(slope, gains, strict=True)) if draw(st.booleans()) else ()
-    return budgets, CostModel(fixed, slope, rows, long_slope=long)
+    beside = (draw(st.floats(0, 300)),) * len(budgets) if long and draw(st.booleans()) else ()
+    return budgets, CostModel(fixed, slope, rows, long_slope=long, long_fixed=beside)
 
 
 grids = st.builds(lambda t, h, w: Grid(t, 2 * h, 2 * w), st.integers(1, 4), st.integers(1, 12), st.integers(1, 12))

@@ -15,13 +15,13 @@ from vitgraph.models.contract import TowerSpec
 from vitgraph.planning.budgets import Budget
 from vitgraph.planning.cost import CostModel, load_of
 
-SECONDS = 0.8
+SECONDS = 0.6
 """Time for replays; eager runs and the attention's slope take a little more."""
 LEAST_SHARE = 0.05
 """Least time of one replay as a share of the largest budget's."""
 
 USUAL_TOKENS, LARGE_TOKENS = 100, (441, 1024)
-SLOPE_POINTS = 14
+SLOPE_POINTS = 10
 EAGER_POINTS = 5
 EAGER_RUNS = 2
 
@@ -63,14 +63,15 @@ def measure_costs(
     loads: dict[int, float] = {}
     slopes: dict[int, float] = {}
     long: dict[int, float] = {}
+    beside: dict[int, float] = {}
     for index in order:
         grids = usual_items(spec, budgets[index])
         times[index], loads[index] = timer.replay(index, grids), _load(spec, grids)
         # At once, before the clock drifts: a slope is a small difference of two times.
         found = _slopes(spec, budgets[index], index, times[index], loads[index], timer) if index in probed else None
         if found:
-            slopes[index], long[index] = found
-    slopes, long = _smooth(slopes) or {order[0]: 0.0}, _smooth(long)
+            slopes[index], long[index], beside[index] = found
+    slopes, long, beside = _smooth(slopes) or {order[0]: 0.0}, _smooth(long), _smooth(beside)
     rows = np.array([budget.capacity["patch"] for budget in budgets])
     slope = _spread(rows, slopes)
     fixed = _spread(rows, {i: max(times[i] - slope[i] * loads[i], 0.0) for i in times})
@@ -83,6 +84,7 @@ def measure_costs(
         fixed=tuple(map(float, fixed)),
         slope=tuple(map(float, slope)),
         long_slope=tuple(map(float, _spread(rows, long))) if any(map(timer.long, long)) else (),
+        long_fixed=tuple(map(float, _spread(rows, beside))) if any(map(timer.long, long)) else (),
         rows=tuple(map(int, rows)),
         eager_rows=tuple(eager_rows),
         eager_time=tuple(eager_time),
@@ -172,9 +174,10 @@ def _load(spec: TowerSpec, grids: Sequence[Grid]) -> float:
 
 def _slopes(
     spec: TowerSpec, budget: Budget, index: int, usual: float, usual_load: float, timer: Timer
-) -> tuple[float, float] | None:
+) -> tuple[float, float, float] | None:
     """Microseconds per rows^2: large images against usual ones in the same budget. Then the same for its graph for
-    packs of one or of long segments, if it has one. None where the budget holds one usual image: nothing to learn.
+    packs of one or of long segments, if it has one, and what that takes beside the fixed time. None where the budget
+    holds one usual image: nothing to learn.
 
     Args:
         spec: of the tower.
@@ -183,14 +186,22 @@ def _slopes(
         timer: runs and times.
     """
     grids, one = large_items(spec, budget), one_item(spec, budget)
-    more = _load(spec, grids) - usual_load
+    large_load, one_load = _load(spec, grids), _load(spec, one)
+    more = large_load - usual_load
     if more <= usual_load:
         return None
     slope = max(timer.replay(index, grids) - usual, 0.0) / more
     if not (timer.long(index) and one):
-        return slope, slope
+        return slope, slope, 0.0
     fixed = usual - slope * usual_load
-    return slope, max(timer.replay(index, one, long=True) - fixed, 0.0) / _load(spec, one)
+    alone = max(timer.replay(index, one, long=True) - fixed, 0.0)
+    if one_load > large_load and spec.is_long(sum_counts(map(spec.counts, grids))):
+        several = max(timer.replay(index, grids, long=True) - fixed, 0.0)
+        long = (alone - several) / (one_load - large_load)
+        beside = several - long * large_load
+        if long > 0 and beside > 0:
+            return slope, long, beside
+    return slope, alone / one_load, 0.0
 
 
 def _smooth(points: dict[int, float]) -> dict[int, float]:

@@ -28,13 +28,15 @@ class CostModel:
     A replay costs what its budget costs without attention, and its attention: `fixed[budget] + slope[budget] * load`.
     The load of a pack is the sum of its squared segment lengths, in rows^2, over the segment sets that no window
     bounds: full attention is quadratic in the segment, everything else linear in the rows. A pack of one segment, or of
-    long ones, may have a faster kernel, and then a slope of its own.
+    long ones, may have a faster kernel, and then a slope of its own and a time beside `fixed`: such a kernel gains with
+    the length of the segments.
 
     Attributes:
         fixed: per budget, ascending as the budgets.
         slope: microseconds per rows^2 of load, per budget.
         rows: patch rows per budget.
         long_slope: as `slope`, for packs of one or of long segments; empty when there is no difference.
+        long_fixed: what such packs take beside `fixed`, per budget; empty: nothing.
         eager_rows, eager_time: curve of the eager forward at no load, piecewise linear; empty: eager is never chosen.
         measured: per budget whether it was timed; the others lie on lines between their neighbours.
         unit: "us", or "token" for a guess that only ranks plans.
@@ -47,6 +49,7 @@ class CostModel:
     eager_time: tuple[float, ...] = ()
     measured: tuple[bool, ...] = ()
     long_slope: tuple[float, ...] = ()
+    long_fixed: tuple[float, ...] = ()
     unit: str = "us"
 
     @classmethod
@@ -58,17 +61,19 @@ class CostModel:
 
     def replay(self, budget: int, load: float, long: bool = False) -> float:
         """Time of a replay of the budget with this load; `long`: of one segment, or of long ones."""
-        return self.fixed[budget] + self._slope(budget, long) * load
+        return self.fixed[budget] + self._attention(budget, load, long)
 
-    def _slope(self, budget: int, long: bool) -> float:
-        return (self.long_slope if long and self.long_slope else self.slope)[budget]
+    def _attention(self, budget: int, load: float, long: bool) -> float:
+        if not (long and self.long_slope):
+            return self.slope[budget] * load
+        return self.long_slope[budget] * load + (self.long_fixed[budget] if self.long_fixed else 0.0)
 
     def eager(self, rows: int, load: float, long: bool = False) -> float:
         """Time of the eager forward on buffers of exactly `rows` patch rows; infinite where no curve is known."""
         if not self.eager_rows:
             return float("inf")
         nearest = min(bisect_left(self.rows, rows), len(self.rows) - 1)
-        return self._eager_fixed(rows) + self._slope(nearest, long) * load
+        return self._eager_fixed(rows) + self._attention(nearest, load, long)
 
     def _eager_fixed(self, rows: int) -> float:
         known, times = self.eager_rows, self.eager_time

@@ -38,6 +38,7 @@ class Prices:
         self._fixed = np.append(np.asarray(cost.fixed, dtype=float), np.inf)
         self._slope = np.append(np.asarray(cost.slope, dtype=float), 0.0)
         self._long_slope = np.append(np.asarray(cost.long_slope or cost.slope, dtype=float), 0.0)
+        self._long_fixed = np.append(np.asarray(cost.long_fixed or [0.0] * len(cost.fixed), dtype=float), 0.0)
         cheapest = [cost.cheapest(index, 0.0) for index in range(len(cost.fixed))]
         self._cheapest = np.append(np.asarray(cheapest, dtype=int), len(cost.fixed))
         per_row = self._fixed[:-1] / np.maximum(np.asarray(cost.rows), 1) if cost.rows else np.zeros(0)
@@ -49,7 +50,10 @@ class Prices:
         found = [np.searchsorted(column, sizes[..., k]) for k, column in enumerate(self._columns)]
         index = self._cheapest[np.max(found, axis=0)]
         long = are_long(*((sizes[..., rows], sizes[..., segments]) for rows, segments in self._sets))
-        return self._fixed[index] + np.where(long, self._long_slope[index], self._slope[index]) * loads
+        attention = np.where(
+            long, self._long_slope[index] * loads + self._long_fixed[index], self._slope[index] * loads
+        )
+        return self._fixed[index] + attention
 
     def bound(self, sizes: np.ndarray, loads: np.ndarray) -> float:
         """No packing of these items can cost less."""
