@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from measuring import arguments, device_time, graph_of, make_encoder, matmul_ceiling, tower_flops, write_report
 from torch.profiler import ProfilerActivity, profile
 
@@ -23,8 +24,8 @@ from vitgraph.core import Grid
 from vitgraph.engine.graph import CapturedGraph
 from vitgraph.layers.block import Attention
 
-REST_SECONDS = 1.0
-"""Before each size: a GPU lowers its clock under load, and the next size should not inherit that."""
+REST_SECONDS, WARM_SECONDS = 1.0, 0.1
+"""Before each size: a GPU lowers its clock under load, which the next size should not inherit, and when it rests."""
 
 ONE = {256: (16, 16), 1024: (32, 32), 2304: (48, 48), 4096: (64, 64), 8192: (64, 128), 16384: (128, 128)}
 """Patches -> grid of one image."""
@@ -69,8 +70,13 @@ def staged(encoder: VisionEncoder, grids: list[Grid]) -> CapturedGraph:
 
 def measure(encoder: VisionEncoder, grids: list[Grid], ceiling: float) -> dict[str, Any]:
     """One cell of the table."""
+    replay = staged(encoder, grids).replay
     time.sleep(REST_SECONDS)
-    time_ms = device_time(staged(encoder, grids).replay)
+    end = time.perf_counter() + WARM_SECONDS
+    while time.perf_counter() < end:
+        replay()
+        torch.cuda.synchronize()
+    time_ms = device_time(replay)
     flops = sum(tower_flops(encoder, grids))
     return {
         "patches": sum(grid.patches for grid in grids),

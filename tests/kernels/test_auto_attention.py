@@ -64,11 +64,12 @@ def clock(own: Own, other: Other, crossover: int):
     state = {"rows": 0, "turn": 0}
 
     def time(call) -> float:
+        # Own, other, then backwards.
         if state["turn"] == 0:
             state["rows"] = next(made)
-        state["turn"] = (state["turn"] + 1) % 2
-        first = state["turn"] == 1
-        return 100.0 if first else (50.0 if state["rows"] >= crossover else 99.0)
+        is_own = state["turn"] in (0, 3)
+        state["turn"] = (state["turn"] + 1) % 4
+        return 100.0 if is_own else (50.0 if state["rows"] >= crossover else 99.0)
 
     return time
 
@@ -95,6 +96,14 @@ def test_a_gain_within_the_margin_is_no_reason(caplog) -> None:
     save_times(attention._key(2, 8), times)
     attention(*torch.randn(8, 3, 2, 8).unbind(1), make_segments(8, [8], 0), 1.0)
     assert not attention.long(16384)
+
+
+def test_a_backend_that_is_timed_last_on_a_slower_gpu_does_not_lose_by_that() -> None:
+    own, other = Own(), Other()
+    clocks = iter([100.0, 99.0, 97.0, 104.0] * len(CLASSES))
+    attention = AutoAttention(own, [other], CPU, torch.float32, time=lambda call: next(clocks))
+    times = attention._measure(CLASSES[0], 2, 8)
+    assert times == {"triton": 100.0, "other": 97.0}
 
 
 def test_choices_are_kept_on_disk_and_measured_once(tmp_path: Path) -> None:

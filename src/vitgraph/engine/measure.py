@@ -15,13 +15,14 @@ from vitgraph.models.contract import TowerSpec
 from vitgraph.planning.budgets import Budget
 from vitgraph.planning.cost import CostModel, load_of
 
-SECONDS = 0.6
+SECONDS = 0.8
 """Time for replays; eager runs and the attention's slope take a little more."""
 LEAST_SHARE = 0.05
 """Least time of one replay as a share of the largest budget's."""
 
 USUAL_TOKENS, LARGE_TOKENS = 100, (441, 1024)
-SLOPE_POINTS = 10
+SLOPE_POINTS, SLOPE_POINTS_OF_TWO = 14, 10
+"""Budgets whose slope is measured: fewer where there are two, which take twice as long."""
 EAGER_POINTS = 5
 EAGER_RUNS = 2
 
@@ -58,7 +59,7 @@ def measure_costs(
     """
     longest = timer.replay(captured[-1], usual_items(spec, budgets[captured[-1]]))
     order = _worth_timing(captured, [budget.tokens for budget in budgets], longest / 1e6, seconds)
-    probed = set(_spaced(order, SLOPE_POINTS))
+    probed = set(_spaced(order, SLOPE_POINTS_OF_TWO if any(map(timer.long, order)) else SLOPE_POINTS))
     times: dict[int, float] = {}
     loads: dict[int, float] = {}
     slopes: dict[int, float] = {}
