@@ -19,6 +19,16 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel is compiled here")
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes its time per program, not per word."""
+    from vitgraph.engine import compose_triton
+
+    monkeypatch.setattr(compose_triton, "BLOCK", 1 << 14)
+
+
 MUCH = 1 << 20
 
 

@@ -25,6 +25,7 @@ SIDES = (14, 20, 28, 42, 64)
 MOST_SECONDS = 2.0
 TOLERANCE = 0.05
 REST_SECONDS = 0.5
+REFERENCE_ITEMS = 20
 
 
 @pytest.fixture(scope="module")
@@ -57,14 +58,24 @@ def test_timing_the_default_ladder_takes_less_than_two_seconds(encoder: VisionEn
     assert sum(cost.measured) >= 20
 
 
+def drift(encoder: VisionEncoder) -> float:
+    """How much slower the GPU runs than when the model was measured: its clock follows load and temperature by several
+    per cent, which no model of sizes can predict."""
+    planner = encoder.engine.planner
+    (pack,) = planner.plan([Grid(1, 20, 20)] * REFERENCE_ITEMS, eager=False)
+    return measured_us(encoder, [pack]) / planner.predicted([pack])
+
+
 def test_plans_take_what_the_model_predicts(encoder: VisionEncoder) -> None:
+    """At the clock of the moment: a replay of usual images beside each plan tells it."""
     planner = encoder.engine.planner
     wrong = {}
     # In the order in which the model was measured and with rests: a GPU slows down under sustained load.
     for grids in sorted(batches(12), key=lambda grids: sum(grid.patches for grid in grids)):
         time.sleep(REST_SECONDS)
         packs = planner.plan(grids, eager=False)
-        predicted, taken = planner.predicted(packs), measured_us(encoder, packs)
+        predicted = planner.predicted(packs) * statistics.median(drift(encoder) for _ in range(3))
+        taken = measured_us(encoder, packs)
         if abs(predicted / taken - 1) > TOLERANCE:
             wrong[len(grids)] = (predicted, taken)
     assert not wrong, f"items: (predicted us, measured us) {wrong}"

@@ -93,7 +93,7 @@ class Staging:
         self._sent = slot
         if len(pixels) == 1 and pixels[0].device == self._device:
             rows = pixels[0]
-            target[: rows.shape[0]].copy_(rows, non_blocking=True)
+            target.narrow(0, 0, rows.shape[0]).copy_(rows, non_blocking=True)
             return
         copy_rows(target, pixels, slot)
 
