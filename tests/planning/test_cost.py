@@ -125,6 +125,8 @@ def test_a_wide_gap_in_the_ladder_is_filled_by_two_replays() -> None:
     even = CostModel((100.0, 150.0), (0.0, 0.0), rows_of(budgets))
     assert not even.splitting_helps(1)
     assert [pack.budget for pack in Planner(RULE, budgets, even).plan(items)] == [1]
+    slight = CostModel((100.0, 204.0), (0.0, 0.0), rows_of(budgets))
+    assert not slight.splitting_helps(1), "2 % are within the noise of timings"
 
 
 def test_a_larger_budget_is_taken_where_it_is_cheaper() -> None:

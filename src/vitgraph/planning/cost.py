@@ -17,6 +17,9 @@ from vitgraph.planning.budgets import Budget
 FLOOR_TOKENS = 192
 """A guess: launching a graph of any size costs as much as computing this many tokens."""
 
+SPLIT_MARGIN = 0.97
+"""What fits one pack is split only for a gain beyond the noise of the timings: the search and a launch cost time, too."""
+
 LONG_ROWS = 3072
 """Mean length from which a pack's segments are long: there the kernels of packs of one segment suit several as well."""
 
@@ -101,7 +104,7 @@ class CostModel:
         return tuple(reversed(found))
 
     def splitting_helps(self, budget: int) -> bool:
-        """Whether several smaller budgets that hold as many rows may cost less than this one."""
+        """Whether several smaller budgets that hold as many rows may cost less than SPLIT_MARGIN of this one."""
         return self._splits[budget]
 
     @cached_property
@@ -114,7 +117,7 @@ class CostModel:
             # A pack in this budget has more rows than the budget below it holds, or it would run there.
             rest = np.searchsorted(rows, rows[index - 1] + 1 - rows[:index])
             several = (fixed[:index] + cover[rest]).min()
-            helps.append(bool(several < fixed[index]))
+            helps.append(bool(several < SPLIT_MARGIN * fixed[index]))
             cover[index] = min(cover[index], several)
         return tuple(helps)
 
