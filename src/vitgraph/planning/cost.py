@@ -18,7 +18,7 @@ FLOOR_TOKENS = 192
 """A guess: launching a graph of any size costs as much as computing this many tokens."""
 
 SPLIT_MARGIN = 0.97
-"""What fits one pack is split only for a gain beyond the noise of the timings: the search and a launch cost time, too."""
+"""What fits one pack is split only for a gain beyond the noise of timings: the search and a launch take time, too."""
 
 LONG_ROWS = 3072
 """Mean length from which a pack's segments are long: there the kernels of packs of one segment suit several as well."""
