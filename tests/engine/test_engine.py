@@ -50,6 +50,7 @@ def test_counters_tell_what_ran() -> None:
     assert stats.padding == pytest.approx(1 - tokens / stats.padded_tokens)
     assert stats.packs == stats.replays
     assert (stats.metadata_hits, stats.metadata_misses) == (0, 4)
+    assert stats.host_metadata == stats.packs
     encoder.encode_patches(rows_of(encoder, GRIDS), GRIDS)
     assert encoder.stats.metadata_hits == 4
     assert stats.items == 4, "a snapshot does not move"

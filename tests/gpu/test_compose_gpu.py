@@ -44,7 +44,7 @@ def test_new_combinations_of_known_sizes_give_what_the_padded_forward_gives(fami
         grids = awkward_grids(spec)
         choose = random.Random(1)
         encoder.capture(progress=False)
-        before = encoder.stats.metadata_misses
+        before = encoder.stats
         for seed in range(8):
             batch = choose.choices(grids, k=choose.randint(1, 4))
             generator = torch.Generator("cuda").manual_seed(seed)
@@ -55,7 +55,9 @@ def test_new_combinations_of_known_sizes_give_what_the_padded_forward_gives(fami
             encoder.encode_patches(x[: grids[0].patches], grids[:1])
             want = encoder.encode_patches(x, batch, mode="padded")
             assert all(torch.equal(g.tokens, w.tokens) for g, w in zip(got, want, strict=True))
-        assert encoder.stats.metadata_misses - before <= len(set(grids))
+        assert encoder.stats.metadata_misses - before.metadata_misses <= len(set(grids))
+        eager = encoder.stats.eager_packs - before.eager_packs
+        assert encoder.stats.host_metadata - before.host_metadata <= eager, "no pack in a budget"
 
 
 def test_a_large_clip_and_many_items_at_once() -> None:

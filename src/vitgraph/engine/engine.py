@@ -193,6 +193,7 @@ class Engine:
                 fallbacks=dict(self._counters.stats.fallbacks),
                 metadata_hits=staging.grids.hits,
                 metadata_misses=staging.grids.misses,
+                host_metadata=staging.written_on_host,
                 captured_graphs=len(ladder.graphs) + len(ladder.long),
                 graph_bytes=ladder.graph_bytes,
                 static_bytes=ladder.static_bytes,

@@ -37,6 +37,8 @@ class Staging:
         self.metadata_is_only_read = True
         """False once a forward was seen to write to its metadata: what lies there is then written for every run."""
         self._spec, self._device = tower.spec, device
+        self.written_on_host = 0
+        """Packs whose metadata the host wrote."""
         self._sent: StagingSlot | None = None
         self._told = False
 
@@ -110,7 +112,7 @@ class Staging:
         pixels: Sequence[PieceRows],
         stream: torch.cuda.Stream | None = None,
     ) -> None:
-        """One staged copy for all metadata, then the pixel rows, all in stream order.
+        """The pixel rows, then one small transfer for all metadata, in stream order.
 
         Args:
             buffers: to fill.
@@ -119,11 +121,11 @@ class Staging:
         """
         slot = buffers.arena.next_slot()
         buffers.arena.holds = None
-        # Before the composer's graph: the driver takes longer for a copy between two graphs.
         self._copy_rows(buffers.inputs.pixel_values, pixels, slot)
         if not (buffers.arena.composer and self._compose(buffers, grids, slot)):
             staged, arrays = slot.part(buffers.layout)
             buffers.layout.write(arrays, self.grids.get_all(grids))
+            self.written_on_host += 1
             buffers.block.copy_(staged, non_blocking=True)
         slot.record(stream)
 

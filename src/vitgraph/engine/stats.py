@@ -29,6 +29,8 @@ class Stats:
         fallbacks: eager packs by reason.
         split_items: clips cut between frames because no budget held them whole.
         metadata_hits, metadata_misses: lookups of the per-grid metadata cache.
+        host_metadata: packs whose metadata the host wrote because no device composes it: all on the CPU, and packs of
+            exactly their own size.
         captured_graphs: graphs held.
         graph_bytes: device memory of the graphs' shared pool.
         static_bytes: device memory of the static buffers.
@@ -48,6 +50,7 @@ class Stats:
     split_items: int = 0
     metadata_hits: int = 0
     metadata_misses: int = 0
+    host_metadata: int = 0
     captured_graphs: int = 0
     graph_bytes: int = 0
     static_bytes: int = 0
