@@ -212,3 +212,10 @@ def test_the_default_ladder_and_common_grids_are_ready_after_warming() -> None:
     encoder.engine.warm_metadata()
     encoder.encode_patches(rows_of(encoder, [(1, 8, 8)]), [(1, 8, 8)])
     assert (encoder.stats.metadata_hits, encoder.stats.metadata_misses) == (1, 0)
+
+
+def test_cos_and_sin_are_settled_before_a_forward_runs_them_in_threads(monkeypatch) -> None:
+    settled: list[bool] = []
+    monkeypatch.setattr("vitgraph.engine.engine.settle_cos_and_sin", lambda: settled.append(True))
+    make()
+    assert settled

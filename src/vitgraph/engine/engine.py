@@ -27,6 +27,7 @@ from vitgraph.engine.stats import Counters, Stats
 from vitgraph.engine.timer import EngineTimer
 from vitgraph.errors import EngineReleasedError
 from vitgraph.layers.block import Attention
+from vitgraph.layers.rotary import settle_cos_and_sin
 from vitgraph.models.contract import Tower, TowerBuffers
 from vitgraph.planning.budgets import Budget
 from vitgraph.planning.packing import Planner
@@ -57,6 +58,8 @@ class Engine:
     ) -> None:
         self.tower, self.spec, self.config = tower, tower.spec, config
         self.device, self.dtype = device, dtype
+        if device.type == "cpu":
+            settle_cos_and_sin()
         for heads, head_dim in sorted(_attention_shapes(tower)):
             tune(attention, heads, head_dim, device, dtype)
         self.ladder = Ladder(self.spec, self._forward, device, dtype, config, attention)
