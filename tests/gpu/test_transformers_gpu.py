@@ -95,11 +95,8 @@ def test_bf16_generation_follows_the_same_tokens(name: str) -> None:
     assert report.stats.graph_replays > 0 and not report.fallbacks
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_fp32_generation_is_equal_token_by_token(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The module's convolutions would round to TF32, which the tower's products do not.
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    model = make(name, torch.float32)
+def check_tokens_stay(model: torch.nn.Module, name: str) -> tuple[list[dict[str, Tensor]], list]:
+    """Accelerates a float32 model, whose greedy tokens stay what they are; its inputs, and those tokens."""
     inputs = [on_gpu(one, torch.float32) for one in prompts(name)]
     want = [generate(model, one) for one in inputs]
     vitgraph.accelerate(model, CONFIG, backend="native")
@@ -107,6 +104,14 @@ def test_fp32_generation_is_equal_token_by_token(name: str, monkeypatch: pytest.
         assert [generate(model, one) for one in inputs] == want
     report = report_of(model)
     assert report.stats.graph_replays > 0 and not report.fallbacks
+    return inputs, want
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fp32_generation_is_equal_token_by_token(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The module's convolutions would round to TF32, which the tower's products do not.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    check_tokens_stay(make(name, torch.float32), name)
 
 
 def random_grids(name: str, source: random.Random) -> Grids:
@@ -220,13 +225,7 @@ def test_a_model_that_device_map_places_is_accelerated(hooks: bool, tmp_path: Pa
     assert next(vision_module(model).parameters()).is_cuda
     if hooks:
         attach_align_device_hook_on_blocks(model, dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, False))
-    inputs = [on_gpu(one, torch.float32) for one in prompts("qwen3_vl")]
-    want = [generate(model, one) for one in inputs]
-    vitgraph.accelerate(model, CONFIG, backend="native")
-    for _ in range(3):
-        assert [generate(model, one) for one in inputs] == want
-    report = report_of(model)
-    assert report.stats.graph_replays > 0 and not report.fallbacks
+    inputs, want = check_tokens_stay(model, "qwen3_vl")
     vitgraph.restore(model)
     assert [generate(model, one) for one in inputs] == want
 

@@ -29,7 +29,7 @@ def copy_rows(target: Tensor, pieces: Sequence[PieceRows], slot: StagingSlot | N
     from_host: list[tuple[int, Tensor]] = []
     for run in _adjacent(pieces):
         if run.device == target.device:
-            target[row : row + run.shape[0]].copy_(run, non_blocking=True)
+            target.narrow(0, row, run.shape[0]).copy_(run, non_blocking=True)
         else:
             from_host.append((row, run))
         row += run.shape[0]
@@ -43,9 +43,9 @@ def copy_rows(target: Tensor, pieces: Sequence[PieceRows], slot: StagingSlot | N
 
 def _adjacent(pieces: Sequence[PieceRows]) -> list[Tensor]:
     """Merges pieces that follow each other in the same storage, so that a batch in the caller's order is one copy."""
+    if len(pieces) < 2:
+        return list(pieces)
     runs: list[Tensor] = []
-    if not pieces:
-        return runs
     first, rows, end = pieces[0], len(pieces[0]), _end(pieces[0])
     for piece in pieces[1:]:
         if end and piece.data_ptr() == end and _same_memory(first, piece):

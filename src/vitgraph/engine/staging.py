@@ -93,10 +93,6 @@ class Staging:
 
     def _copy_rows(self, target: Tensor, pixels: Sequence[PieceRows], slot: StagingSlot | None) -> None:
         self._sent = slot
-        if len(pixels) == 1 and pixels[0].device == self._device:
-            rows = pixels[0]
-            target.narrow(0, 0, rows.shape[0]).copy_(rows, non_blocking=True)
-            return
         copy_rows(target, pixels, slot)
 
     def return_rows(self) -> None:
