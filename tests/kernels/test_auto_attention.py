@@ -89,6 +89,22 @@ def test_the_faster_backend_runs_packs_of_one_segment_and_no_others(caplog) -> N
     ]  # fmt: skip
 
 
+def test_what_was_chosen_is_warmed_up_when_the_times_come_from_a_file() -> None:
+    class Compiled(Other):
+        warm_ups = 0
+
+        def warm_up(self, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> None:
+            self.warm_ups += 1
+
+    own, chosen, unused = Own(), Compiled(), Compiled()
+    unused.name = "unused"
+    attention = AutoAttention(own, [chosen, unused], CPU, torch.float32)
+    times = {"triton": 100.0, "other": 50.0, "unused": 200.0}
+    save_times(attention._key(2, 8), dict.fromkeys(CLASSES, times))
+    attention(*torch.randn(8, 3, 2, 8).unbind(1), make_segments(8, [8], 0), 1.0)
+    assert (chosen.warm_ups, unused.warm_ups) == (1, 0)
+
+
 def test_a_gain_within_the_margin_is_no_reason(caplog) -> None:
     own, other = Own(), Other()
     times = {rows: {"triton": 100.0, "other": 99.0} for rows in CLASSES}

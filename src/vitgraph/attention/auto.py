@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vitgraph.attention.base import Segments, VarlenAttention, tune
+from vitgraph.attention.base import Segments, VarlenAttention, tune, warm_up
 from vitgraph.attention.choices import choice_key, measure_once
 from vitgraph.attention.opaque import attend_opaquely, handle_of
 from vitgraph.attention.trial import Time, device_time, nearest_class, segments_of
@@ -24,7 +24,7 @@ MARGIN = 0.98
 
 
 class OptionalBackend(VarlenAttention, Protocol):
-    """A backend from a wheel of its own."""
+    """A backend from a wheel of its own. It may have the method that `warm_up` asks for."""
 
     @staticmethod
     def version() -> str: ...
@@ -95,6 +95,9 @@ class AutoAttention:
         for rows, own in times.items():
             best = min(own, key=lambda name: own[name] * (1 if name == self.own.name else 1 / MARGIN))
             self._chosen[rows] = candidates[best]
+        # Where the times come from a file, nothing has run yet, and what follows may be a capture.
+        for backend in set(self._chosen.values()):
+            warm_up(backend, heads, head_dim, self._device, self._dtype)
         logger.info("attention for %s: %s", key, self.describe())
 
     def _measure(self, rows: int, heads: int, head_dim: int) -> dict[str, float]:

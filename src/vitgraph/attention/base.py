@@ -57,6 +57,13 @@ def tune(attention: VarlenAttention, heads: int, head_dim: int, device: torch.de
         choose(heads, head_dim, device, dtype)
 
 
+def warm_up(attention: VarlenAttention, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Lets a backend that compiles on first use do so; not under capture."""
+    run = getattr(attention, "warm_up", None)
+    if run is not None:
+        run(heads, head_dim, device, dtype)
+
+
 def has_own_graph(attention: VarlenAttention, rows: int) -> bool:
     """Whether packs of one or of long segments in a buffer of `rows` rows run another kernel than the others."""
     long = getattr(attention, "long", None)
