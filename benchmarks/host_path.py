@@ -28,6 +28,7 @@ from measuring import arguments, make_encoder, write_report
 from vitgraph import VisionEncoder
 from vitgraph.core import Grid
 from vitgraph.engine.graph import CapturedGraph
+from vitgraph.engine.mailbox import NOTHING, Request
 from vitgraph.engine.measure import usual_items
 
 ITEMS = (1, 2, 4, 8, 20, 64)
@@ -49,9 +50,9 @@ class Watched:
     def __init__(self, graph: CapturedGraph, launches: Launches) -> None:
         self._graph, self._launches = graph, launches
 
-    def replay(self) -> tuple[torch.Tensor, ...]:
+    def replay(self, request: Request = NOTHING) -> tuple[torch.Tensor, ...]:
         start = time.perf_counter()
-        outputs = self._graph.replay()
+        outputs = self._graph.replay(request)
         self._launches.append((start, time.perf_counter()))
         return outputs
 

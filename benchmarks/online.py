@@ -52,7 +52,7 @@ class GreedyPlanner(Planner):
 
     def plan(self, grids: Sequence[Grid], split: bool = True, eager: bool = True) -> list[Pack]:
         order = sorted(range(len(grids)), key=lambda i: -grids[i].patches)
-        sizes = [self._sized(grids[i]).size for i in order]
+        sizes = [self.known(grids[i]).size for i in order]
         groups = greedy(sizes, tuple(column[-1] for column in self._columns))
         return [self._pack([Piece(order[i], grids[order[i]]) for i in group], eager=False) for group in groups]
 

@@ -46,7 +46,7 @@ PATCHES: dict[str, tuple[ModuleType, str, Any]] = {
     "gate kernel": (mlp, "gate", _gate),
     "position table kernel": (pos_embed_triton, "add_table_in_place", _add_table),
     "side stream": (overlap, "MOST_ROWS", 0),
-    "metadata on the device": (ladder, "make_composer", lambda *_: None),
+    "metadata on the device": (ladder, "make_intake", lambda *_: None),
 }
 """Technique -> what stands in for it."""
 

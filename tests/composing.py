@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from vitgraph.core import Grid
+from vitgraph.core import Grid, KnownGrid
 from vitgraph.engine.buffers import MetadataLayout
 from vitgraph.engine.compose import Composer
-from vitgraph.engine.slots import StagingSlot
+from vitgraph.engine.mailbox import HEAD
 from vitgraph.models.contract import Tower
 from vitgraph.planning.metadata import MetadataCache
 
@@ -43,14 +45,19 @@ class Composing:
         self.block = torch.full((self.layouts[-1].nbytes,), 0xAB, dtype=torch.uint8, device=device)
         self.composer = Composer(spec, self.layouts, kinds, self.block, most_bytes)
         self.plans = MetadataCache(spec.counts, tower.metadata, 64)
-        self.slot = StagingSlot(1, (1, 1), torch.float32, device)
+        self.known = cache(lambda grid: KnownGrid(grid, spec.counts(grid)))
 
     def composed(self, grids: list[Grid], budget: int) -> dict[str, np.ndarray] | None:
         """Buffers that the device made; None where it refused."""
         self.block.fill_(0xAB)
         layout = self.layouts[budget]
-        done = self.composer.compose(grids, layout, self.slot, self.plans.get_all)
-        return layout.arrays(self.block.cpu().numpy()) if done else None
+        known = [self.known(grid) for grid in grids]
+        if not self.composer.learn(known, self.plans.get_all):
+            return None
+        places = [own.place for own in known]
+        request = [len(places), *[0] * (HEAD - 1), *places]
+        self.composer.launch(torch.tensor(request, dtype=torch.int32, device=self.block.device), layout)
+        return layout.arrays(self.block.cpu().numpy())
 
     def written(self, grids: list[Grid], budget: int) -> dict[str, np.ndarray]:
         """Buffers that the host writes."""

@@ -18,6 +18,9 @@ Counts = Mapping[str, int]
 """How many rows of each kind ("patch", "token", "item", "segment", "window", ...) something has or holds."""
 
 
+NOWHERE = -1
+
+
 class Grid(NamedTuple):
     """Size of one item in patches: `t` temporal patches (frames after temporal grouping) of `h` x `w`."""
 
@@ -44,6 +47,53 @@ class Piece(NamedTuple):
     first_frame: int = 0
 
 
+@dataclass(slots=True, eq=False)
+class KnownGrid:
+    """What is known of a grid: one look-up per item finds all of it.
+
+    Attributes:
+        grid: itself.
+        counts: rows of each kind that an item of it fills.
+        size: the same, in the planner's order of kinds.
+        load: of its attention, see `CostModel`.
+        place: where its part of the metadata lies on the device, or NOWHERE.
+    """
+
+    grid: Grid
+    counts: Counts
+    size: tuple[int, ...] = ()
+    load: float = 0.0
+    place: int = NOWHERE
+
+
+class Grids(tuple[Grid, ...]):
+    """Grids of the items of a batch or a pack, and what is known of each.
+
+    Attributes:
+        known: per item.
+        size: of all items together.
+        load: likewise.
+    """
+
+    known: list[KnownGrid]
+
+    @classmethod
+    def of(cls, known: list[KnownGrid]) -> Grids:
+        made = cls([own.grid for own in known])
+        made.known = known
+        return made
+
+    @cached_property
+    def size(self) -> tuple[int, ...]:
+        if len(self.known) == 1:
+            return self.known[0].size
+        return tuple(map(sum, zip(*[own.size for own in self.known], strict=True)))
+
+    @cached_property
+    def load(self) -> float:
+        return sum([own.load for own in self.known])
+
+
 @dataclass(frozen=True)
 class Pack:
     """Pieces that run together.
@@ -61,10 +111,19 @@ class Pack:
     reason: str = ""
 
     @classmethod
-    def of_whole_items(cls, grids: tuple[Grid, ...], counts: Counts, budget: int | None, reason: str = "") -> Pack:
+    def of_whole_items(cls, grids: Grids, counts: Counts, budget: int | None, reason: str = "") -> Pack:
         """Items in the caller's order, none of them cut. Their pieces are made when they are asked for."""
         made = object.__new__(cls)
         made.__dict__.update(grids=grids, counts=counts, budget=budget, reason=reason)
+        return made
+
+    @classmethod
+    def of_pieces(
+        cls, pieces: tuple[Piece, ...], grids: Grids, counts: Counts, budget: int | None, reason: str = ""
+    ) -> Pack:
+        """Pieces whose grids are known."""
+        made = cls(pieces, counts, budget, reason)
+        made.__dict__["grids"] = grids
         return made
 
     if not TYPE_CHECKING:

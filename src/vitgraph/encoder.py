@@ -17,7 +17,7 @@ from torch import Tensor
 from vitgraph.attention.base import VarlenAttention
 from vitgraph.attention.select import select_attention
 from vitgraph.config import EncoderConfig
-from vitgraph.core import Grid, Pack, VisionEmbedding
+from vitgraph.core import Grid, Grids, KnownGrid, Pack, VisionEmbedding
 from vitgraph.engine.engine import Engine, Mode
 from vitgraph.engine.stats import Stats
 from vitgraph.errors import BatchError, ConfigError, InputError, PatchError
@@ -65,7 +65,7 @@ class VisionEncoder:
         self.config = config
         self.attention = attention.name
         self.engine = Engine(tower, device, dtype, config, attention)
-        self._grids: dict[Hashable, Grid] = {}
+        self._known: dict[Hashable, KnownGrid] = {}
         """Checked grids, by what callers give: three integers, or the bytes of such a row."""
 
     @classmethod
@@ -188,7 +188,7 @@ class VisionEncoder:
 
     def plan(self, grids: Iterable[Sequence[int]]) -> list[Pack]:
         """How items of these (t, h, w) grids would be packed."""
-        return self.engine.plan([self._grid(grid) for grid in grids])
+        return self.engine.plan(Grids.of([self._know(grid) for grid in grids]))
 
     def encode(self, images: Sequence[ImageInput], on_error: OnError = "raise", mode: Mode = "auto") -> list[Any]:
         """Encodes images and clips of any size.
@@ -268,33 +268,33 @@ class VisionEncoder:
 
     # -- helpers -----------------------------------------------------------------------------------------------
 
-    def _grids_of(self, grid_thw: Tensor | Sequence[Sequence[int]], key: Hashable) -> tuple[Grid, ...]:
+    def _grids_of(self, grid_thw: Tensor | Sequence[Sequence[int]], key: Hashable) -> Grids:
         """The items' grids, checked.
 
         Args:
             grid_thw: as in `encode_patches`.
-            key: what stands for it; bytes are its rows one after another.
+            key: what stands for it: its rows as they came, or the bytes of all rows one after another.
         """
-        known = self._grids
-        rows: list[bytes] = np.frombuffer(key, GRID_ROW).tolist() if key and isinstance(key, bytes) else []
-        found = tuple(map(known.get, rows))
-        if rows and all(found):
-            return found  # type: ignore[return-value]
-        grids = tuple([known.get(tuple(grid)) or self._grid(grid) for grid in _host_grids(grid_thw)])
-        if rows:
-            known.update(zip(rows, grids, strict=True))
-        return grids
+        known = self._known
+        rows: Any = np.frombuffer(key, GRID_ROW).tolist() if isinstance(key, bytes) else key
+        try:
+            return Grids.of([known[row] for row in rows])
+        except (KeyError, TypeError):  # new ones, or what is no key
+            found = [self._know(grid) for grid in _host_grids(grid_thw)]
+        if isinstance(key, bytes):
+            known.update(zip(rows, found, strict=True))
+        return Grids.of(found)
 
-    def _grid(self, grid: Sequence[int]) -> Grid:
+    def _know(self, grid: Sequence[int]) -> KnownGrid:
         key = tuple(grid)
         if len(key) != 3:
             raise PatchError(f"a grid is (t, h, w), not {key}.")
         checked = Grid(*(int(n) for n in key))
         self.spec.check_grid(checked)
-        if len(self._grids) >= MOST_GRIDS:
-            self._grids.clear()
-        self._grids[key] = checked
-        return checked
+        if len(self._known) >= MOST_GRIDS:
+            self._known.clear()
+        known = self._known[key] = self.engine.known(checked)
+        return known
 
     def _check_rows(self, pixel_values: Tensor, expected: int) -> Tensor:
         if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():

@@ -22,10 +22,10 @@ class Pool:
     failures = 0
     calls: list[bool]
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, mailbox: object = None) -> None:
         type(self).calls = []
 
-    def capture(self, forward, inputs, outputs, warm_up=True) -> CapturedGraph:
+    def capture(self, forward, inputs, outputs, warm_up=True, begin=None) -> CapturedGraph:
         self.calls.append(warm_up)
         if type(self).failures:
             type(self).failures -= 1
@@ -62,7 +62,7 @@ def test_a_capture_that_fails_without_warm_up_is_tried_with_one(captured, monkey
     monkeypatch.setattr(Ladder, "_warm_ups", lambda self, order: {order[0]})
     tries = []
 
-    def fail_second(self, forward, inputs, outputs, warm_up=True):
+    def fail_second(self, forward, inputs, outputs, warm_up=True, begin=None):
         tries.append(warm_up)
         if len(tries) == 2:
             raise RuntimeError("operation not permitted when stream is capturing")

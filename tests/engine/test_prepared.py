@@ -150,7 +150,7 @@ def test_other_dtypes_shapes_and_gradients_are_served(replays: list) -> None:
         assert same(got, want)
         assert not got[0].tokens.requires_grad
     assert len(replays) == 3
-    assert not replays[0].pixels.requires_grad
+    assert not replays[0].buffers.inputs.pixel_values.requires_grad
 
 
 def test_results_do_not_alias_the_static_buffers() -> None:

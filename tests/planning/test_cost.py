@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations, pairwise
 
 import numpy as np
@@ -57,6 +58,15 @@ def test_a_plan_is_never_worse_than_the_plain_packings(model, items) -> None:
             smallest = next(i for i, b in enumerate(budgets) if fits(total, b.capacity))
             other += cost.replay(smallest, load, RULE.is_long(total))
         assert chosen <= other * (1 + 1e-9), plain.__name__
+
+
+@given(models(), st.lists(grids, min_size=1, max_size=4), st.tuples(st.floats(1, 9000), st.floats(1, 9000)))
+def test_what_is_settled_for_a_budget_is_what_every_pack_would_find(model, items, eager) -> None:
+    budgets, cost = model
+    cost = replace(cost, eager_rows=(cost.rows[0], cost.rows[-1] + 1), eager_time=eager)
+    quick, thorough = Planner(RULE, budgets, cost), Planner(RULE, budgets, cost)
+    thorough._settled = [False] * len(budgets)
+    assert quick.plan(items) == thorough.plan(items)
 
 
 @given(models(), st.lists(grids, min_size=1, max_size=7))

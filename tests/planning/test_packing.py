@@ -84,13 +84,13 @@ def test_without_items_there_is_no_pack() -> None:
 def test_a_batch_that_is_one_pack_makes_its_pieces_when_they_are_asked_for() -> None:
     rule = Rule()
     budgets = make_budgets(rule, EncoderConfig(budgets=(64, 256)))
-    items = (Grid(1, 4, 4), Grid(2, 6, 4))
     planner = Planner(rule, budgets)
+    items = planner.batch((Grid(1, 4, 4), Grid(2, 6, 4)))
     (pack,) = planner.plan(items)
     assert "pieces" not in vars(pack) and pack.grids is items
     assert pack.pieces == (Piece(0, items[0]), Piece(1, items[1]))
     assert pack == Pack(pack.pieces, pack.counts, pack.budget)
     assert planner.patches(items) == 64 == pack.counts["patch"]
-    assert planner.patches(items[:1]) == 16
+    assert planner.patches(planner.batch(items[:1])) == 16
     with pytest.raises(AttributeError, match="nothing"):
         _ = pack.nothing

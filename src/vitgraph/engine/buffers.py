@@ -22,7 +22,7 @@ from vitgraph.models.contract import BufferSpec, TowerBuffers, TowerSpec
 from vitgraph.planning.metadata import GridPlan
 
 if TYPE_CHECKING:
-    from vitgraph.engine.compose import Composer
+    from vitgraph.engine.intake import Intake
 
 ALIGNMENT = 256
 _TORCH_DTYPES = {"int32": torch.int32, "float32": torch.float32}
@@ -209,7 +209,7 @@ class Arena:
         nbytes: bytes of the largest metadata block.
 
     Attributes:
-        composer: writes the block on the device; None where the host does.
+        intake: brings packs to graphs; None where the host writes the block and copies the pixel rows.
     """
 
     def __init__(
@@ -225,7 +225,7 @@ class Arena:
         self._outputs = [torch.zeros(size, dtype=dtype, device=device) for size in sizes]
         self._slots: list[StagingSlot | None] = [None, None]
         self._next = 0
-        self.composer: Composer | None = None
+        self.intake: Intake | None = None
         self.holds: Pack | None = None
         """The pack whose metadata the block holds; None when nobody knows. Who writes the block says so here."""
 
@@ -239,8 +239,8 @@ class Arena:
         """Device bytes held."""
         landing = sum(slot.device_bytes for slot in self._slots if slot is not None)
         outputs = sum(output.nbytes for output in self._outputs)
-        composer = self.composer.nbytes if self.composer else 0
-        return self.block.nbytes + self.pixels.nbytes + outputs + landing + composer
+        intake = self.intake.nbytes if self.intake else 0
+        return self.block.nbytes + self.pixels.nbytes + outputs + landing + intake
 
     def outputs(self, spec: TowerSpec, capacity: Counts) -> tuple[Tensor, ...]:
         """Static outputs of a budget, each `[levels, rows, width]`."""

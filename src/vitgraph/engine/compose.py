@@ -1,23 +1,20 @@
 """Metadata composed on the device: what depends on a grid alone lies there once, and packs are put together from it.
 
-The host then writes an integer per item and launches one small graph, instead of writing all rows of all buffers.
+The host then writes an integer per item, instead of all rows of all buffers.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from itertools import accumulate
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vitgraph.capture import capturing
-from vitgraph.core import Counts, Grid
+from vitgraph.core import NOWHERE, Grid, KnownGrid
 from vitgraph.engine.buffers import MetadataLayout, longest_segment, tiles_of_item
-from vitgraph.engine.slots import StagingSlot
 from vitgraph.models.contract import BufferSpec, TowerSpec
 from vitgraph.planning.metadata import GridPlan
 
@@ -28,20 +25,6 @@ MOST_BYTES = 32 << 20
 
 WORD = 4
 TILE_WORDS = 4
-
-
-class _Request:
-    """What one staging slot sends for a pack.
-
-    Args:
-        words: int32, how many.
-        pinned: for CUDA.
-    """
-
-    def __init__(self, words: int, pinned: bool) -> None:
-        self.block = torch.zeros(words, dtype=torch.int32, pin_memory=pinned)
-        self.words = self.block.numpy()
-        self.graph: torch.cuda.CUDAGraph | None = None
 
 
 class Composer:
@@ -72,8 +55,9 @@ class Composer:
         self._which = {(schedule.segments, schedule.block): i for i, schedule in enumerate(self._schedules)}
         self._sets = len(spec.segments)
         self._number = {layout: number for number, layout in enumerate(layouts)}
-        self._most_items = max(layout.capacity["item"] for layout in layouts)
-        self._most_words = max(slot.nbytes for layout in layouts for slot in layout.slots) // WORD
+        self._most_words = [max(slot.nbytes for slot in layout.slots) // WORD for layout in layouts]
+        self.most_items = max(layout.capacity["item"] for layout in layouts)
+        """Of a pack in any budget."""
 
         device = block.device
         self._on_device = block.is_cuda
@@ -81,97 +65,70 @@ class Composer:
         self._parts = torch.empty(most_bytes // WORD, dtype=torch.int32, device=device)
         self._layouts = torch.from_numpy(np.stack([self._describe(layout) for layout in layouts])).to(device)
         columns = len(self._kinds) + len(self._buffers) + 3 * self._sets
-        self._matrix = torch.zeros(self._most_items + 1, columns, dtype=torch.int32, device=device)
-        self._words = compose_triton.REQUEST_HEAD + self._most_items
-        self._request = torch.zeros(self._words, dtype=torch.int32, device=device)
-        self._requests: dict[StagingSlot, _Request] = {}
-        self._places: dict[Grid, int] = {}
+        self._matrix = torch.zeros(self.most_items + 1, columns, dtype=torch.int32, device=device)
+        self._placed: list[KnownGrid] = []
         self._used = 0
 
     @property
     def nbytes(self) -> int:
         """Device memory that it holds."""
-        own = (self._parts, self._layouts, self._matrix, self._request)
-        return sum(tensor.nbytes for tensor in own)
+        return self._parts.nbytes + self._layouts.nbytes + self._matrix.nbytes
 
     @property
     def used_bytes(self) -> int:
         """Of the memory for parts, what is in use."""
         return self._used * WORD
 
-    def warm_up(self, slots: Sequence[StagingSlot]) -> None:
-        """Compiles the kernels and captures their launch for these slots, before they are needed.
-
-        Args:
-            slots: that the device does not read from any more. The block must hold nothing that is needed.
-        """
-        for slot in slots:
-            self._new_request(slot)
-
-    def learn(self, grids: Sequence[Grid], plans: Callable[[Sequence[Grid]], list[GridPlan]]) -> bool:
+    def learn(self, known: Sequence[KnownGrid], plans: Callable[[Sequence[Grid]], list[GridPlan]]) -> bool:
         """Sends the parts of grids to the device.
 
         Args:
-            grids: some may lie there already.
+            known: some may lie there already; each learns its place.
             plans: of grids.
 
         Returns:
             False where there is no room for all of them.
         """
         # What does not fit leaves with all others: the second time there is all the room.
-        return self._add(grids, plans) or self._add(grids, plans)
+        return self._add(known, plans) or self._add(known, plans)
 
-    def compose(
-        self,
-        grids: Sequence[Grid],
-        layout: MetadataLayout,
-        slot: StagingSlot,
-        plans: Callable[[Sequence[Grid]], list[GridPlan]],
-    ) -> bool:
+    def launch(self, request: Tensor, layout: MetadataLayout) -> None:
         """Queues the writing of a pack's metadata, padding included, into the block.
 
         Args:
-            grids: of the items, which the layout holds.
-            layout: of the pack's budget.
-            slot: whose turn it is.
-            plans: of grids whose parts do not lie on the device yet.
-
-        Returns:
-            False where the items' parts are more than there is memory for; nothing was queued then.
+            request: of a `Mailbox`, on the device; without items the block stays as it is.
+            layout: of the pack's budget, which holds all items.
         """
-        places = list(map(self._places.get, grids))
-        if None in places:
-            if not self.learn(grids, plans):
-                return False
-            places = list(map(self._places.get, grids))
-        request = self._requests.get(slot) or self._new_request(slot)
-        words, head = request.words, self._kernel.REQUEST_HEAD
-        words[0], words[1] = len(places), self._number[layout]
-        words[head : head + len(places)] = places
-        if request.graph is not None:
-            request.graph.replay()
-        else:
-            self._run(request)
-        return True
+        number = self._number[layout]
+        self._kernel.launch(
+            request, self._parts, self._layouts, self._matrix, self._out, number,
+            len(self._kinds), len(self._buffers), len(self._schedules), self._most_words[number],
+        )  # fmt: skip
 
-    def _add(self, grids: Sequence[Grid], plans: Callable[[Sequence[Grid]], list[GridPlan]]) -> bool:
+    def _add(self, known: Sequence[KnownGrid], plans: Callable[[Sequence[Grid]], list[GridPlan]]) -> bool:
         """Adds what is missing; drops everything where that does not fit."""
-        for grid in dict.fromkeys(grids):
-            if grid in self._places:
+        for own in known:
+            if own.place != NOWHERE:
                 continue
-            words = self._part(*plans([grid]))
+            words = self._part(*plans([own.grid]))
             if self._used + len(words) > len(self._parts):
-                logger.debug("metadata of %d grids dropped from the device: no room for more", len(self._places))
-                self._places.clear()
-                self._used = 0
+                self._drop_all()
                 return False
             staged = torch.from_numpy(words)
             if self._on_device:
                 staged = staged.pin_memory()
             self._parts[self._used : self._used + len(words)].copy_(staged, non_blocking=True)
-            self._places[grid] = self._used
+            own.place = self._used
+            self._placed.append(own)
             self._used += len(words)
         return True
+
+    def _drop_all(self) -> None:
+        logger.debug("metadata of %d grids dropped from the device: no room for more", len(self._placed))
+        for own in self._placed:
+            own.place = NOWHERE
+        self._placed.clear()
+        self._used = 0
 
     def _part(self, plan: GridPlan) -> np.ndarray:
         """What the kernels read of a grid, int32; see `compose_triton`."""
@@ -216,46 +173,6 @@ class Composer:
             value = np.array(int(buffer.pad == "one"), buffer.dtype)
             return kernel.PAD_FILL, int(value.view(np.int32))
         return (kernel.PAD_LAST if buffer.pad == "repeat_last" else kernel.PAD_ROW), 0
-
-    def _new_request(self, slot: StagingSlot) -> _Request:
-        request = self._requests[slot] = _Request(self._words, self._on_device)
-        if self._on_device:
-            self._run(request)
-            request.graph = self._captured(request)
-        return request
-
-    def _run(self, request: _Request) -> None:
-        self._request.copy_(request.block, non_blocking=True)
-        self._kernel.launch(
-            self._request, self._parts, self._layouts, self._matrix, self._out,
-            len(self._kinds), len(self._buffers), len(self._schedules), self._most_words,
-        )  # fmt: skip
-
-    def _captured(self, request: _Request) -> torch.cuda.CUDAGraph:
-        """The transfer and the kernels as a graph: the host prepares no arguments then."""
-        device, graph = self._request.device, torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream), capturing(graph, device, torch.cuda.graph_pool_handle()):
-            self._run(request)
-        return graph
-
-
-def make_composer(
-    spec: TowerSpec, layouts: Sequence[MetadataLayout], capacity: Counts, block: Tensor
-) -> Composer | None:
-    """A composer where it is of use: on CUDA, with Triton, for a tower that has metadata.
-
-    Args:
-        spec, layouts, block: see `Composer`.
-        capacity: of the largest budget.
-    """
-    if not block.is_cuda or not spec.buffers:
-        return None
-    if find_spec("triton") is None:
-        logger.warning("metadata is written on the host for every new combination of sizes: Triton is not installed")
-        return None
-    return Composer(spec, layouts, tuple(capacity), block)
 
 
 def _width(buffer: BufferSpec) -> int:

@@ -4,7 +4,8 @@ The slow reference is `MetadataLayout.write`, which does the same on the host.
 
 A *part* is what depends on one grid, in 32-bit words: rows of each kind, then per buffer and per tile schedule the
 offset of its data from the part's beginning, tiles of each schedule, and rows of the longest segment (`HEAD`); then the
-data. A *request* is the number of items, the number of the layout, and where each item's part begins.
+data. A *request* is the number of items and, from word `FIRST_PLACE` on, where each item's part begins. Without items
+the metadata stays as it is.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vitgraph.engine.mailbox import HEAD
+
 BLOCK = 1024
 ITEMS = 32
-REQUEST_HEAD = 2
+FIRST_PLACE = tl.constexpr(HEAD)
 
 FIELDS = 12
 """Words that describe a buffer: see `Composer`, which writes them."""
@@ -24,17 +27,17 @@ FIELDS = 12
 PAD_FILL, PAD_LAST, PAD_ROW, PAD_TILES = range(4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["number"])
 def _arrange_kernel(
     request_ptr,
     parts_ptr,
     layouts_ptr,
     matrix_ptr,
+    number,
     KINDS: tl.constexpr,
     BUFFERS: tl.constexpr,
     SCHEDULES: tl.constexpr,
     SETS: tl.constexpr,
-    MOST: tl.constexpr,
     ITEMS: tl.constexpr,
 ):
     """Writes the matrix `[items + 1, columns]`: rows before each item of each kind, then where its data begins for each
@@ -46,71 +49,74 @@ def _arrange_kernel(
     COLUMNS: tl.constexpr = KINDS + BUFFERS + 3 * SETS
     LONGEST: tl.constexpr = KINDS + BUFFERS + 2 * SCHEDULES
     items = tl.load(request_ptr)
-    layout = layouts_ptr + tl.load(request_ptr + 1) * (BUFFERS + SETS) * 12
-    i = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)
-    real = i < items
-    part = tl.load(request_ptr + 2 + i, mask=real, other=0)
-    row = matrix_ptr + i * COLUMNS
+    first_row = tl.program_id(0) * ITEMS
+    if (items > 0) & (first_row <= items):
+        layout = layouts_ptr + number * (BUFFERS + SETS) * 12
+        i = first_row + tl.arange(0, ITEMS)
+        real = i < items
+        part = tl.load(request_ptr + FIRST_PLACE + i, mask=real, other=0)
+        row = matrix_ptr + i * COLUMNS
 
-    for kind in tl.static_range(KINDS):
-        before = tl.zeros([ITEMS], tl.int32)
-        for start in range(0, MOST, ITEMS):
-            j = start + tl.arange(0, ITEMS)
-            other = tl.load(request_ptr + 2 + j, mask=j < items, other=0)
-            size = tl.load(parts_ptr + other + kind, mask=j < items, other=0)
-            before += tl.sum(tl.where(j[None, :] < i[:, None], size[None, :], 0), axis=1)
-        tl.store(row + kind, before, mask=i <= items)
-    for buffer in tl.static_range(BUFFERS):
-        offset = tl.load(parts_ptr + part + KINDS + buffer, mask=real, other=0)
-        tl.store(row + KINDS + buffer, part + offset, mask=real)
+        for kind in tl.static_range(KINDS):
+            before = tl.zeros([ITEMS], tl.int32)
+            for start in range(0, items, ITEMS):
+                j = start + tl.arange(0, ITEMS)
+                other = tl.load(request_ptr + FIRST_PLACE + j, mask=j < items, other=0)
+                size = tl.load(parts_ptr + other + kind, mask=j < items, other=0)
+                before += tl.sum(tl.where(j[None, :] < i[:, None], size[None, :], 0), axis=1)
+            tl.store(row + kind, before, mask=i <= items)
+        for buffer in tl.static_range(BUFFERS):
+            offset = tl.load(parts_ptr + part + KINDS + buffer, mask=real, other=0)
+            tl.store(row + KINDS + buffer, part + offset, mask=real)
 
-    longest = tl.load(parts_ptr + part + LONGEST, mask=real, other=-1)
-    for segments in tl.static_range(SETS):
-        description = layout + (BUFFERS + segments) * 12
-        schedule = tl.load(description + 11)
-        shift_kind = tl.load(description + 5)
-        place = tl.zeros([ITEMS], tl.int32)
-        tiles = tl.zeros([ITEMS], tl.int32)
-        first = tl.zeros([ITEMS], tl.int32)
-        for start in range(0, MOST, ITEMS):
-            j = start + tl.arange(0, ITEMS)
-            known = j < items
-            other = tl.load(request_ptr + 2 + j, mask=known, other=0)
-            length = tl.load(parts_ptr + other + LONGEST, mask=known, other=-1)
-            own = tl.load(parts_ptr + other + KINDS + BUFFERS + SCHEDULES + schedule, mask=known, other=0)
-            size = tl.load(parts_ptr + other + shift_kind, mask=known, other=0)
-            earlier = j[None, :] < i[:, None]
-            leads = (length[None, :] > longest[:, None]) | ((length[None, :] == longest[:, None]) & earlier)
-            leads = leads & known[None, :]
-            place += tl.sum(leads.to(tl.int32), axis=1)
-            tiles += tl.sum(tl.where(leads, own[None, :], 0), axis=1)
-            first += tl.sum(tl.where(earlier & known[None, :], size[None, :], 0), axis=1)
-        column = matrix_ptr + place * COLUMNS + KINDS + BUFFERS + 3 * segments
-        offset = tl.load(parts_ptr + part + KINDS + BUFFERS + schedule, mask=real, other=0)
-        tl.store(column, tiles, mask=i <= items)
-        tl.store(column + 1, part + offset, mask=real)
-        tl.store(column + 2, first, mask=i <= items)
+        longest = tl.load(parts_ptr + part + LONGEST, mask=real, other=-1)
+        for segments in tl.static_range(SETS):
+            description = layout + (BUFFERS + segments) * 12
+            schedule = tl.load(description + 11)
+            shift_kind = tl.load(description + 5)
+            place = tl.zeros([ITEMS], tl.int32)
+            tiles = tl.zeros([ITEMS], tl.int32)
+            first = tl.zeros([ITEMS], tl.int32)
+            for start in range(0, items, ITEMS):
+                j = start + tl.arange(0, ITEMS)
+                known = j < items
+                other = tl.load(request_ptr + FIRST_PLACE + j, mask=known, other=0)
+                length = tl.load(parts_ptr + other + LONGEST, mask=known, other=-1)
+                own = tl.load(parts_ptr + other + KINDS + BUFFERS + SCHEDULES + schedule, mask=known, other=0)
+                size = tl.load(parts_ptr + other + shift_kind, mask=known, other=0)
+                earlier = j[None, :] < i[:, None]
+                leads = (length[None, :] > longest[:, None]) | ((length[None, :] == longest[:, None]) & earlier)
+                leads = leads & known[None, :]
+                place += tl.sum(leads.to(tl.int32), axis=1)
+                tiles += tl.sum(tl.where(leads, own[None, :], 0), axis=1)
+                first += tl.sum(tl.where(earlier & known[None, :], size[None, :], 0), axis=1)
+            column = matrix_ptr + place * COLUMNS + KINDS + BUFFERS + 3 * segments
+            offset = tl.load(parts_ptr + part + KINDS + BUFFERS + schedule, mask=real, other=0)
+            tl.store(column, tiles, mask=i <= items)
+            tl.store(column + 1, part + offset, mask=real)
+            tl.store(column + 2, first, mask=i <= items)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["number"])
 def _compose_kernel(
     request_ptr,
     parts_ptr,
     layouts_ptr,
     matrix_ptr,
     out_ptr,
+    number,
     DESCRIPTIONS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program writes a stretch of one buffer, as 32-bit words."""
-    description = layouts_ptr + (tl.load(request_ptr + 1) * DESCRIPTIONS + tl.program_id(1)) * 12
+    items = tl.load(request_ptr)
+    description = layouts_ptr + (number * DESCRIPTIONS + tl.program_id(1)) * 12
     rows = tl.load(description + 1)
     width = tl.load(description + 2)
     first_word = tl.program_id(0) * BLOCK
-    if first_word < rows * width:
-        items = tl.load(request_ptr)
+    if (items > 0) & (first_word < rows * width):
         lead = tl.load(description + 3)
         pad = tl.load(description + 4)
         start_column = tl.load(description + 6)
@@ -154,28 +160,30 @@ def launch(
     layouts: Tensor,
     matrix: Tensor,
     out: Tensor,
+    number: int,
     kinds: int,
     buffers: int,
     schedules: int,
     words: int,
 ) -> None:
-    """Writes every buffer of a layout, padding included.
+    """Writes every buffer of a layout, padding included; nothing where the request has no items.
 
     Args:
-        request: `[2 + most items]` int32.
+        request: of a `Mailbox`, on the device.
         parts: int32, the parts of grids.
         layouts: `[layouts, buffers + segment sets, FIELDS]` int32.
         matrix: `[most items + 1, columns]` int32, for the time between the kernels.
         out: int32, the block of metadata.
+        number: of the layout.
         kinds, buffers, schedules: how many a part has.
-        words: of the largest buffer.
+        words: of the layout's largest buffer.
     """
     most, described = matrix.shape[0] - 1, layouts.shape[1]
     _arrange_kernel[(triton.cdiv(most + 1, ITEMS),)](
-        request, parts, layouts, matrix,
-        KINDS=kinds, BUFFERS=buffers, SCHEDULES=schedules, SETS=described - buffers, MOST=most, ITEMS=ITEMS,
+        request, parts, layouts, matrix, number,
+        KINDS=kinds, BUFFERS=buffers, SCHEDULES=schedules, SETS=described - buffers, ITEMS=ITEMS,
     )  # fmt: skip
     _compose_kernel[(triton.cdiv(words, BLOCK), described)](
-        request, parts, layouts, matrix, out,
+        request, parts, layouts, matrix, out, number,
         DESCRIPTIONS=described, COLUMNS=matrix.shape[1], STEPS=max(most - 1, 1).bit_length(), BLOCK=BLOCK,
     )  # fmt: skip

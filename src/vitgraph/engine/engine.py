@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vitgraph.attention.base import VarlenAttention, tune
 from vitgraph.config import EncoderConfig
-from vitgraph.core import Grid, Pack, VisionEmbedding, sum_counts
+from vitgraph.core import Grid, Grids, KnownGrid, Pack, VisionEmbedding, sum_counts
 from vitgraph.engine.graph import CapturedGraph
 from vitgraph.engine.ladder import Ladder, Progress
 from vitgraph.engine.measure import measure_costs
@@ -91,10 +91,14 @@ class Engine:
         with self._lock:
             return self.planner.plan(grids, eager=not self.config.strict)
 
-    def patches(self, grids: tuple[Grid, ...]) -> int:
-        """Patch rows of these items."""
+    def known(self, grid: Grid) -> KnownGrid:
+        """What is known of a grid, for `Grids`."""
         with self._lock:
-            return self.planner.patches(grids)
+            return self.planner.known(grid)
+
+    def patches(self, grids: Grids) -> int:
+        """Patch rows of these items."""
+        return self.planner.patches(grids)
 
     def warm_metadata(self, grids: Iterable[Grid] | None = None) -> None:
         """Computes the metadata of grids ahead of their first use. What is captured keeps it on the device, too.
@@ -104,7 +108,8 @@ class Engine:
         """
         with self._lock, self._guard():
             stream = self._order.enter()
-            self.staging.warm(grids, self.ladder.composer)
+            given = self.staging.common_grids() if grids is None else grids
+            self.staging.warm([self.planner.known(grid) for grid in given], self.ladder.composer)
             self._order.leave(stream)
 
     @torch.no_grad()
@@ -257,7 +262,10 @@ class Engine:
             self._counters.plan(packs, len(grids))
             together = len(packs) == 1 and len(packs[0].grids) == len(grids)
             # The static rows must not come to need gradients; nothing else on the way to a replay could record any.
-            rows = rows.detach() if isinstance(rows, Tensor) else [own.detach() for own in rows]
+            if not isinstance(rows, Tensor):
+                rows = [own.detach() for own in rows]
+            elif rows.requires_grad:
+                rows = rows.detach()
             if isinstance(rows, Tensor) and not together:
                 rows = rows.split([grid.patches for grid in grids])
             ran = [(pack, self._runner.run(pack, pixels_of(pack, rows), mode)) for pack in packs]
@@ -270,7 +278,7 @@ class Engine:
     def _run_again(self, key: Hashable, rows: Tensor | Sequence[Tensor]) -> tuple[PreparedReplay, Outputs] | None:
         with self._lock:
             prepared = self._prepared.find(key)
-            if prepared is None or not isinstance(rows, Tensor) or rows.shape != prepared.pixels.shape:
+            if prepared is None or not isinstance(rows, Tensor) or rows.shape != prepared.shape:
                 return None
             # Gradients are not recorded below: rows that need none spare us to say so.
             if rows.requires_grad or not rows.is_floating_point():

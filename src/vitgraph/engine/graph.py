@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vitgraph.capture import capturing
+from vitgraph.engine.mailbox import NOTHING, Mailbox, Request
 from vitgraph.models.contract import TowerBuffers
 
 Forward = Callable[[TowerBuffers], Sequence[Tensor]]
@@ -26,15 +27,31 @@ class CapturedGraph:
             them.
         seconds: wall time of warm-up and capture.
         nbytes: device memory that the capture added.
+        mailbox: whose next request a replay reads; None: graphs read no requests.
     """
 
     graph: torch.cuda.CUDAGraph
     outputs: tuple[Tensor, ...]
     seconds: float
     nbytes: int
+    mailbox: Mailbox | None = None
 
-    def replay(self) -> tuple[Tensor, ...]:
-        self.graph.replay()
+    def replay(self, request: Request = NOTHING) -> tuple[Tensor, ...]:
+        """Launches the graph.
+
+        Args:
+            request: what it does before the forward, where it reads requests.
+        """
+        mailbox = self.mailbox
+        if mailbox is None:
+            self.graph.replay()
+            return self.outputs
+        mailbox.post(request)
+        try:
+            self.graph.replay()
+        except BaseException:
+            mailbox.withdraw()
+            raise
         return self.outputs
 
 
@@ -49,16 +66,22 @@ class GraphPool:
 
     Args:
         device: CUDA device.
+        mailbox: whose requests the graphs read, if they do.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, mailbox: Mailbox | None = None) -> None:
+        self._device, self._mailbox = device, mailbox
         self._stream = _capture_stream(device)
         self._pool = torch.cuda.graph_pool_handle()
         self.nbytes = 0
 
     def capture(
-        self, forward: Forward, inputs: TowerBuffers, outputs: tuple[Tensor, ...], warm_up: bool = True
+        self,
+        forward: Forward,
+        inputs: TowerBuffers,
+        outputs: tuple[Tensor, ...],
+        warm_up: bool = True,
+        begin: Callable[[], None] | None = None,
     ) -> CapturedGraph:
         """Captures a forward and the copy of its results into `outputs`. The buffers must hold a valid pack.
 
@@ -69,6 +92,7 @@ class GraphPool:
             inputs: static buffers.
             outputs: static, each `[levels, rows, width]`.
             warm_up: run `forward` once before. Needed where kernels have yet to be compiled or chosen.
+            begin: launches what comes before the forward: it reads a request of the mailbox.
         """
         start = time.perf_counter()
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -80,13 +104,15 @@ class GraphPool:
             free = torch.cuda.mem_get_info(self._device)[0]
             reserved = torch.cuda.memory_reserved(self._device)
             with capturing(graph, self._device, self._pool):
+                if begin is not None:
+                    begin()
                 copy_outputs(outputs, forward(inputs))
         # Other processes move what is free, and the allocator does not see what the driver takes for the graph.
         grown = torch.cuda.memory_reserved(self._device) - reserved
         nbytes = max(free - torch.cuda.mem_get_info(self._device)[0], grown, 0)
         self.nbytes += nbytes
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
-        return CapturedGraph(graph, outputs, time.perf_counter() - start, nbytes)
+        return CapturedGraph(graph, outputs, time.perf_counter() - start, nbytes, self._mailbox)
 
 
 def copy_outputs(static: tuple[Tensor, ...], results: Sequence[Tensor]) -> tuple[Tensor, ...]:

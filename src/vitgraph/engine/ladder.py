@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,8 +14,9 @@ from vitgraph.attention.base import VarlenAttention, has_own_graph
 from vitgraph.config import EncoderConfig
 from vitgraph.core import Counts
 from vitgraph.engine.buffers import Arena, MetadataLayout, StaticBuffers
-from vitgraph.engine.compose import Composer, make_composer
+from vitgraph.engine.compose import Composer
 from vitgraph.engine.graph import CapturedGraph, GraphPool
+from vitgraph.engine.intake import make_intake
 from vitgraph.models.contract import TowerBuffers, TowerSpec
 from vitgraph.planning.budgets import make_budgets
 
@@ -76,7 +78,7 @@ class Ladder:
     @property
     def composer(self) -> Composer | None:
         """What composes metadata on the device; None where the host writes it, or nothing is allocated yet."""
-        return self._arena.composer if self._arena else None
+        return self._arena.intake.composer if self._arena and self._arena.intake else None
 
     def static(self, index: int) -> StaticBuffers:
         """The static buffers of a budget, made on first use."""
@@ -90,7 +92,7 @@ class Ladder:
             nbytes = max(layout.nbytes for layout in self._layouts)
             capacity = self.budgets[-1].capacity
             self._arena = Arena(self._spec, capacity, nbytes, self._device, self._dtype)
-            self._arena.composer = make_composer(self._spec, self._layouts, capacity, self._arena.block)
+            self._arena.intake = make_intake(self._spec, self._layouts, capacity, self._arena)
         return self._arena
 
     def runs_long(self, index: int, counts: Counts) -> bool:
@@ -100,7 +102,8 @@ class Ladder:
             index: of the budget.
             counts: rows of each kind that the pack fills.
         """
-        return self._spec.is_long(counts) and self._has_long(index)
+        long = index in self.long if index in self.graphs else self._has_long(index)
+        return long and self._spec.is_long(counts)
 
     def _has_long(self, index: int) -> bool:
         return has_own_graph(self._attention, self.budgets[index].capacity["patch"])
@@ -132,9 +135,7 @@ class Ladder:
         if self._config.memory_limit is None:
             order.reverse()
         arena = self._make_arena()
-        slots = arena.make_slots()
-        if arena.composer is not None:
-            arena.composer.warm_up(slots)
+        arena.make_slots()
         arena.clear_block()
         warm_ups = self._warm_ups(order)
         for done, index in enumerate(order):
@@ -167,7 +168,8 @@ class Ladder:
     def _capture(self, index: int, warm_up: bool = True) -> bool:
         """Captures one budget; False when the memory limit is reached."""
         limit, tokens = self._config.memory_limit, self.budgets[index].tokens
-        self._pool = self._pool or GraphPool(self._device)
+        intake = self._make_arena().intake
+        self._pool = self._pool or GraphPool(self._device, intake.mailbox if intake else None)
         if limit is not None and self._pool.nbytes >= limit:
             logger.warning(
                 "capture stopped at budget %d: graphs hold %.0f MB, memory_limit is %.0f MB; budgets without a graph "
@@ -179,24 +181,27 @@ class Ladder:
             return False
         start = time.perf_counter()
         buffers = self.static(index)
-        graph = self._graph_of(self._pool, buffers.inputs, buffers.outputs, warm_up)
+        if intake is not None:
+            intake.warm_up(buffers)
+        graph = self._graph_of(self._pool, buffers, buffers.inputs, warm_up)
         self.graphs[index] = graph
         # Asked after the warm-up, in which the attention measures its kernels.
         if self._has_long(index):
-            self.long[index] = self._graph_of(self._pool, buffers.long, buffers.outputs, warm_up)
+            self.long[index] = self._graph_of(self._pool, buffers, buffers.long, warm_up)
         self.capture_seconds += time.perf_counter() - start
         level = logging.INFO if self._config.verbose else logging.DEBUG
         logger.log(level, "captured %d tokens in %.1f ms, %.1f MB", tokens, graph.seconds * 1e3, graph.nbytes / 1e6)
         return True
 
-    def _graph_of(
-        self, pool: GraphPool, inputs: TowerBuffers, outputs: tuple[Tensor, ...], warm_up: bool
-    ) -> CapturedGraph:
+    def _graph_of(self, pool: GraphPool, buffers: StaticBuffers, inputs: TowerBuffers, warm_up: bool) -> CapturedGraph:
         """A graph of the forward. A capture without warm-up that fails is tried again with one: torch.compile may make
         code of its own for some sizes, whose first run measures kernels."""
+        intake = buffers.arena.intake
+        begin = partial(intake.launch, buffers) if intake else None
+        capture = partial(pool.capture, self._forward, inputs, buffers.outputs, begin=begin)
         if not warm_up:
             try:
-                return pool.capture(self._forward, inputs, outputs, warm_up=False)
+                return capture(warm_up=False)
             except RuntimeError as error:
                 logger.debug("capture without a warm-up failed, warming up: %s", error)
-        return pool.capture(self._forward, inputs, outputs)
+        return capture()

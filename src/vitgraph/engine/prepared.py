@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from vitgraph.core import Pack
@@ -24,10 +25,9 @@ class PreparedReplay:
         pack: the only one of the batch.
         tokens: of its budget.
         buffers: of its budget.
-        pixels: `[P, patch_width]`, the static rows that it fills.
+        shape: of the pixel rows, `[P, patch_width]`.
         outputs: static, each `[levels, rows, width]`, narrowed to the pack's rows.
         spans: its items, in order, in the first output.
-        launch: replays the graph, or runs the forward that stands in for it, into the static outputs.
         graph: what is replayed; None without a graph.
         long: whether that is the budget's second graph.
         cost: the model that chose the pack.
@@ -36,10 +36,9 @@ class PreparedReplay:
     pack: Pack
     tokens: int
     buffers: StaticBuffers
-    pixels: Tensor
+    shape: torch.Size
     outputs: tuple[Tensor, ...]
     spans: tuple[Span, ...]
-    launch: Callable[[], object]
     graph: CapturedGraph | None
     long: bool
     cost: CostModel

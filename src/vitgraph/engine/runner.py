@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Literal
 
 import torch
@@ -124,10 +123,9 @@ class PackRunner:
             pack=pack,
             tokens=self._ladder.budgets[pack.budget].tokens,
             buffers=buffers,
-            pixels=buffers.inputs.pixel_values[: pack.counts["patch"]],
+            shape=torch.Size((pack.counts["patch"], self._spec.patch_width)),
             outputs=self._filled(buffers, pack),
             spans=spans_of(pack.grids, lambda grid: planner.counts(grid)["token"]),
-            launch=graph.replay if graph else partial(self._run_static, buffers, long, pack.grids),
             graph=graph,
             long=long,
             cost=planner.cost,
@@ -149,19 +147,15 @@ class PackRunner:
             prepared: current.
             rows: `[P, patch_width]` of all items; they need no gradient.
         """
+        pack = prepared.pack
         stream = self._order.enter()
         try:
-            if rows.device == self._device and self._staging.holds(prepared.buffers, prepared.pack):
-                prepared.pixels.copy_(rows, non_blocking=True)
-            else:
-                self._staging.fill_pack(prepared.buffers, prepared.pack, [rows], stream)
-            prepared.launch()
+            self._launch(prepared.graph, prepared.buffers, prepared.long, pack, [rows], stream)
             outputs = tuple([output.clone() for output in prepared.outputs])
         finally:
             self._order.leave(stream)
             self._staging.return_rows()
-        pack, items = prepared.pack, len(prepared.spans)
-        self._counters.prepared(items, pack.counts["token"], prepared.tokens, prepared.graph is not None)
+        self._counters.prepared(len(prepared.spans), pack.counts["token"], prepared.tokens, prepared.graph is not None)
         if self._verbose:
             _log(pack, prepared.tokens)
         return outputs
@@ -170,20 +164,38 @@ class PackRunner:
         buffers = self._ladder.static(budget)
         stream = self._order.enter()
         try:
-            self._staging.fill_pack(buffers, pack, pixels, stream)
             # Asked before the question which form runs: a first capture may decide that.
             captured = use_graph and self._has_graph(pack, budget)
             long = self._ladder.runs_long(budget, pack.counts)
-            if captured:
-                self._ladder.graph(budget, long).replay()
-                self._counters.stats.graph_replays += 1
-            else:
-                self._run_static(buffers, long, pack.grids)
+            graph = self._ladder.graph(budget, long) if captured else None
+            self._launch(graph, buffers, long, pack, pixels, stream)
+            self._counters.stats.graph_replays += captured
             # The next replay writes over this memory, so the caller gets a copy of the rows that are his.
             return tuple([output.clone() for output in self._filled(buffers, pack)])
         finally:
             self._order.leave(stream)
             self._staging.return_rows()
+
+    def _launch(
+        self,
+        graph: CapturedGraph | None,
+        buffers: StaticBuffers,
+        long: bool,
+        pack: Pack,
+        pixels: Sequence[PieceRows],
+        stream: torch.cuda.Stream | None,
+    ) -> None:
+        """Runs a pack in its budget: the graph, or without one the same forward, into the static outputs."""
+        intake = buffers.arena.intake
+        if graph is not None and intake is not None:
+            graph.replay(self._staging.request(intake, buffers, pack, pixels, stream))
+            buffers.arena.holds = pack
+            return
+        self._staging.fill_pack(buffers, pack, pixels, stream)
+        if graph is not None:
+            graph.replay()
+        else:
+            self._run_static(buffers, long, pack.grids)
 
     @torch.no_grad()
     def _run_static(self, buffers: StaticBuffers, long: bool, grids: Sequence[Grid]) -> None:
@@ -201,6 +213,8 @@ class PackRunner:
         return None if budget is None else graphs.get(budget)
 
     def _has_graph(self, pack: Pack, budget: int) -> bool:
+        if budget in self._ladder.graphs:
+            return True
         reason = self._ladder.missing(budget)
         if reason == WAITING:
             self._counters.stats.waiting += 1

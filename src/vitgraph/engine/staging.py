@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitgraph.core import Grid, Pack
+from vitgraph.core import NOWHERE, Grid, Grids, KnownGrid, Pack
 from vitgraph.engine.buffers import StaticBuffers, with_lengths
 from vitgraph.engine.compose import Composer
+from vitgraph.engine.intake import Intake
+from vitgraph.engine.mailbox import Request
 from vitgraph.engine.pixels import PieceRows, copy_rows
 from vitgraph.engine.slots import StagingSlot
 from vitgraph.errors import PatchError
@@ -42,19 +44,19 @@ class Staging:
         self._sent: StagingSlot | None = None
         self._told = False
 
-    def warm(self, grids: Iterable[Grid] | None, composer: Composer | None = None) -> None:
+    def warm(self, known: Sequence[KnownGrid], composer: Composer | None = None) -> None:
         """Computes the metadata of grids ahead of their first use.
 
         Args:
-            grids: default: square images of usual sizes.
+            known: the grids.
             composer: whose device gets it, too.
         """
-        known = tuple(dict.fromkeys(self._common_grids() if grids is None else grids))
-        self.grids.warm(known)
-        if composer is not None and known:
+        self.grids.warm(own.grid for own in known)
+        if composer is not None:
             composer.learn(known, lambda new: [self.grids.peek(grid) for grid in new])
 
-    def _common_grids(self) -> Iterable[Grid]:
+    def common_grids(self) -> Iterable[Grid]:
+        """Square images of usual sizes."""
         for side in range(1, COMMON_SIDE + 1):
             grid = Grid(1, side * self._spec.merge, side * self._spec.merge)
             try:
@@ -70,6 +72,51 @@ class Staging:
             self.grids.count_hits(len(pack.grids))
         return found
 
+    def request(
+        self,
+        intake: Intake,
+        buffers: StaticBuffers,
+        pack: Pack,
+        pixels: Sequence[PieceRows],
+        stream: torch.cuda.Stream | None,
+    ) -> Request:
+        """What the graph of the pack's budget shall do; what it cannot do itself is queued before it.
+
+        Args:
+            intake: of the buffers' arena.
+            buffers: of the pack's budget.
+            pack: to run.
+            pixels: of its pieces, in row order.
+            stream: the current stream.
+        """
+        places: Sequence[int] = ()
+        if not self.holds(buffers, pack):
+            places = self._places(intake.composer, buffers, pack, stream)
+        if len(pixels) == 1 and (rows := intake.rows_of(pixels[0])):
+            return Request(places, *rows)
+        self._bring_rows(buffers, pixels, stream)
+        return Request(places)
+
+    def _places(
+        self, composer: Composer, buffers: StaticBuffers, pack: Pack, stream: torch.cuda.Stream | None
+    ) -> Sequence[int]:
+        """Where the parts of the pack's items lie; where they cannot, the host writes the metadata."""
+        assert isinstance(pack.grids, Grids), "packs for graphs come from the planner"
+        known = pack.grids.known
+        places = [own.place for own in known]
+        if NOWHERE not in places:
+            self.grids.count_hits(len(places))
+            return places
+        if composer.learn(known, self.grids.get_all):
+            return [own.place for own in known]
+        if not self._told:
+            self._told = True
+            logger.warning(
+                "metadata is written on the host: the parts of %d items need too much memory", len(pack.grids)
+            )
+        self.fill(buffers, pack.grids, [], stream)
+        return ()
+
     def fill_pack(
         self, buffers: StaticBuffers, pack: Pack, pixels: Sequence[PieceRows], stream: torch.cuda.Stream | None
     ) -> None:
@@ -84,7 +131,12 @@ class Staging:
         if not self.holds(buffers, pack):
             self.fill(buffers, pack.grids, pixels, stream)
             buffers.arena.holds = pack
-            return
+        else:
+            self._bring_rows(buffers, pixels, stream)
+
+    def _bring_rows(
+        self, buffers: StaticBuffers, pixels: Sequence[PieceRows], stream: torch.cuda.Stream | None
+    ) -> None:
         from_host = any(rows.device != self._device for rows in pixels)
         slot = buffers.arena.next_slot() if from_host else None
         self._copy_rows(buffers.inputs.pixel_values, pixels, slot)
@@ -118,26 +170,11 @@ class Staging:
         slot = buffers.arena.next_slot()
         buffers.arena.holds = None
         self._copy_rows(buffers.inputs.pixel_values, pixels, slot)
-        if not (buffers.arena.composer and self._compose(buffers, grids, slot)):
-            staged, arrays = slot.part(buffers.layout)
-            buffers.layout.write(arrays, self.grids.get_all(grids))
-            self.written_on_host += 1
-            buffers.block.copy_(staged, non_blocking=True)
+        staged, arrays = slot.part(buffers.layout)
+        buffers.layout.write(arrays, self.grids.get_all(grids))
+        self.written_on_host += 1
+        buffers.block.copy_(staged, non_blocking=True)
         slot.record(stream)
-
-    def _compose(self, buffers: StaticBuffers, grids: Sequence[Grid], slot: StagingSlot) -> bool:
-        """Lets the device put the metadata together; False where the host must write it."""
-        composer = buffers.arena.composer
-        if composer is None or not grids:
-            return False
-        before = self.grids.lookups
-        done = composer.compose(grids, buffers.layout, slot, self.grids.get_all)
-        if done:
-            self.grids.count_hits(len(grids) - (self.grids.lookups - before))
-        elif not self._told:
-            self._told = True
-            logger.warning("metadata is written on the host: the parts of %d items need too much memory", len(grids))
-        return done
 
     def uncaptured(self, inputs: TowerBuffers, grids: Sequence[Grid]) -> TowerBuffers:
         """Inputs of a forward that is not captured: on the CPU the reference attention may use the host's segment

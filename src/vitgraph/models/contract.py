@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vitgraph.attention.base import Segments
 from vitgraph.core import Counts, Grid
 from vitgraph.errors import PatchError
-from vitgraph.planning.cost import are_long
+from vitgraph.planning.cost import segments_are_long
 
 Pad = Literal["zero", "one", "repeat_last", "identity_tail"]
 
@@ -126,7 +126,10 @@ class TowerSpec:
 
     def is_long(self, counts: Counts) -> bool:
         """Whether the segments of items with these counts are long; see `are_long`."""
-        return bool(are_long(*((counts[rows], counts[segments]) for rows, segments in self.segment_sets)))
+        for rows, segments in self.segment_sets:  # noqa: SIM110 (every call asks, and a generator takes longer)
+            if not segments_are_long(counts[rows], counts[segments]):
+                return False
+        return True
 
     @cached_property
     def segment_sets(self) -> tuple[tuple[str, str], ...]:

@@ -89,10 +89,36 @@ class CostModel:
         share = (rows - known[after - 1]) / (known[after] - known[after - 1])
         return times[after - 1] + share * (times[after] - times[after - 1])
 
-    def cheapest(self, first: int, load: float, long: bool = False) -> int:
-        """The budget with the least time among `first` and the larger ones: a few rows more may fill the GPU better."""
+    def cheapest(self, first: int, load: float, long: bool = False) -> tuple[int, float]:
+        """The budget with the least time among `first` and the larger ones, and that time: a few rows more may fill the
+        GPU better."""
+        time = self.replay(first, load, long)
         best = self._cheapest_from[first]
-        return best if self.replay(best, load, long) < self.replay(first, load, long) else first
+        if best == first:
+            return first, time
+        other = self.replay(best, load, long)
+        return (best, other) if other < time else (first, time)
+
+    def is_settled(self, budget: int, most_load: float, eager_margin: float) -> bool:
+        """Whether every pack whose smallest budget this is runs best in it: no larger one is ever cheaper, and eager
+        never takes less than `eager_margin` of its time.
+
+        Args:
+            budget: its index.
+            most_load: of a pack that it holds.
+            eager_margin: see above.
+        """
+        if self._cheapest_from[budget] != budget:
+            return False
+        slowest = max(self.replay(budget, most_load, long) for long in (False, True))
+        return self._least_eager(self.rows[budget]) >= eager_margin * slowest
+
+    def _least_eager(self, most: int) -> float:
+        """No more than the eager time of any pack of at most so many rows."""
+        if not self.eager_rows:
+            return float("inf")
+        knots = zip(self.eager_rows, self.eager_time, strict=True)
+        return min(self.eager_time[0], self._eager_fixed(most), *(time for rows, time in knots if rows <= most))
 
     @cached_property
     def _cheapest_from(self) -> tuple[int, ...]:
@@ -129,6 +155,11 @@ class CostModel:
             return None
         pairs = zip(self.rows, self.fixed, strict=True)
         return next((rows for rows, time in pairs if self._eager_fixed(rows) <= time), None)
+
+
+def segments_are_long(rows: int, segments: int) -> bool:
+    """As `are_long`, for the numbers of one set."""
+    return segments == 1 or rows >= LONG_ROWS * segments > 0
 
 
 def are_long(*sets: tuple[Any, Any]) -> Any:

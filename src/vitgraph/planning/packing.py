@@ -5,9 +5,10 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from operator import le
+from typing import Protocol
 
-from vitgraph.core import Counts, Grid, Pack, Piece, exceeded, fits
+from vitgraph.core import Counts, Grid, Grids, KnownGrid, Pack, Piece, exceeded, fits
 from vitgraph.planning.budgets import Budget
 from vitgraph.planning.cost import CostModel, load_of
 from vitgraph.planning.search import Prices, Size, cheapest_groups
@@ -36,14 +37,6 @@ class CountRule(Protocol):
     def is_long(self, counts: Counts) -> bool: ...
 
 
-class _Sized(NamedTuple):
-    """A grid's rows by kind, as a dict and in the planner's order, and its attention load."""
-
-    counts: Counts
-    size: Size
-    load: float
-
-
 class Planner:
     """Packs items into budgets so that their predicted time is least.
 
@@ -57,11 +50,11 @@ class Planner:
         self._rule, self._budgets = rule, budgets
         self._kinds = tuple(budgets[-1].capacity) if budgets else ()
         self._columns = [[budget.capacity[kind] for budget in budgets] for kind in self._kinds]
+        self._capacities = [tuple(budget.capacity[kind] for kind in self._kinds) for budget in budgets]
         self._rows = self._kinds.index("patch") if budgets else 0
         at = self._kinds.index
         self._sets = [(at(rows), at(segments)) for rows, segments in rule.segment_sets] if budgets else []
-        self._sizes: dict[Grid, _Sized] = {}
-        self._last: tuple[tuple[Grid, ...], tuple[Size, float]] | None = None
+        self._known: dict[Grid, KnownGrid] = {}
         self._plans: OrderedDict[tuple[tuple[Grid, ...], bool, bool], tuple[Pack, ...]] = OrderedDict()
         self.cost = cost or CostModel.guess(budgets)
 
@@ -74,6 +67,9 @@ class Planner:
     def cost(self, cost: CostModel) -> None:
         self._cost = cost
         self._prices = Prices(cost, self._columns, self._rows, self._sets)
+        sets = len(self._rule.load_sets)
+        loads = [sets * float(budget[self._rows]) ** 2 for budget in self._capacities]
+        self._settled = [cost.is_settled(budget, load, EAGER_MARGIN) for budget, load in enumerate(loads)]
         self._plans.clear()
 
     def plan(self, grids: Sequence[Grid], split: bool = True, eager: bool = True) -> list[Pack]:
@@ -92,7 +88,7 @@ class Planner:
         Returns:
             Packs in the order in which their first item came; pieces of a pack in the caller's order.
         """
-        grids = tuple(grids)
+        grids = self.batch(grids)
         if not grids:
             return []
         together = self._one_pack(grids, eager) if self._budgets else None
@@ -110,98 +106,95 @@ class Planner:
             self._plans.move_to_end(key)
         return list(packs)
 
-    def patches(self, grids: tuple[Grid, ...]) -> int:
-        """Patch rows of all items; what is looked up for it serves the plan of the same tuple, too."""
-        return self._total(grids)[0][self._rows] if grids and self._budgets else sum(grid.patches for grid in grids)
+    def batch(self, grids: Sequence[Grid]) -> Grids:
+        """The grids with what is known of them; they themselves where they have it already."""
+        return grids if isinstance(grids, Grids) else Grids.of([self.known(grid) for grid in grids])
+
+    def patches(self, grids: Grids) -> int:
+        """Patch rows of all items; the plan of the same batch needs no other sums."""
+        return grids.size[self._rows] if grids and self._budgets else sum(grid.patches for grid in grids)
+
+    def known(self, grid: Grid) -> KnownGrid:
+        """What is known of an item of this grid."""
+        known = self._known.get(grid)
+        if known is None:
+            counts = self._rule.counts(grid)
+            size = tuple(counts.get(kind, 0) for kind in self._kinds)
+            known = KnownGrid(grid, counts, size, load_of(counts, self._rule.load_sets))
+            if len(self._known) >= MOST_SIZES:
+                self._known.clear()
+            self._known[grid] = known
+        return known
 
     def counts(self, grid: Grid) -> Counts:
         """Rows of each kind that one item fills."""
-        return self._sized(grid).counts
+        return self.known(grid).counts
 
     def predicted(self, packs: Iterable[Pack]) -> float:
         """Predicted time of these packs, in the model's unit; infinite when one runs eager and eager was not timed."""
         return sum(self._predicted(pack) for pack in packs)
 
     def _predicted(self, pack: Pack) -> float:
-        load = sum(self._sized(piece.grid).load for piece in pack.pieces)
+        load = sum(self.known(piece.grid).load for piece in pack.pieces)
         long = self._rule.is_long(pack.counts)
         if pack.budget is None:
             return self._cost.eager(pack.counts["patch"], load, long)
         return self._cost.replay(pack.budget, load, long)
 
-    def _one_pack(self, grids: tuple[Grid, ...], eager: bool) -> Pack | None:
+    def _one_pack(self, grids: Grids, eager: bool) -> Pack | None:
         """All items in one pack; None where the largest budget does not hold them, or several packs may cost less."""
-        size, load = self._total(grids)
-        smallest = self._smallest(size)
+        smallest = self._smallest(grids.size)
         if smallest == len(self._budgets) or self._cost.splitting_helps(smallest):
             return None
-        return Pack.of_whole_items(grids, *self._placed(size, smallest, load, eager))
+        return Pack.of_whole_items(grids, *self._placed(grids, smallest, eager))
 
-    def _total(self, grids: tuple[Grid, ...]) -> tuple[Size, float]:
-        """Size and attention load of all items; asked again with the same tuple, it returns the same."""
-        if self._last is not None and self._last[0] is grids:
-            return self._last[1]
-        sized = [self._sizes.get(grid) or self._sized(grid) for grid in grids]
-        total = _sum(sized)
-        self._last = grids, total
-        return total
-
-    def _several(self, grids: tuple[Grid, ...], split: bool, eager: bool) -> list[Pack]:
+    def _several(self, grids: Grids, split: bool, eager: bool) -> list[Pack]:
         """Packs of items that need not, or cannot, run in one."""
         pieces = list(map(Piece, range(len(grids)), grids))
         if not self._budgets:
-            return [Pack((piece,), self._sized(piece.grid).counts, None, "no budgets") for piece in pieces]
+            return [Pack((piece,), self.known(piece.grid).counts, None, "no budgets") for piece in pieces]
         largest = self._budgets[-1].capacity
         if split and self._rule.splits_by_frame:
             pieces = [part for piece in pieces for part in self._cut(piece, largest)]
-        fitting = [p for p in pieces if fits(self._sized(p.grid).counts, largest)]
-        alone = [p for p in pieces if not fits(self._sized(p.grid).counts, largest)]
+        fitting = [p for p in pieces if fits(self.known(p.grid).counts, largest)]
+        alone = [p for p in pieces if not fits(self.known(p.grid).counts, largest)]
         packs = [self._too_large(piece, largest) for piece in alone]
         fitting.sort(key=lambda p: -p.grid.patches)
-        sizes = [self._sized(p.grid) for p in fitting]
-        groups = cheapest_groups(self._prices, [s.size for s in sizes], [s.load for s in sizes])
+        known = [self.known(p.grid) for p in fitting]
+        groups = cheapest_groups(self._prices, [own.size for own in known], [own.load for own in known])
         packs += [self._pack(sorted(fitting[i] for i in group), eager) for group in groups]
         return sorted(packs, key=lambda pack: pack.pieces[0])
 
-    def _sized(self, grid: Grid) -> _Sized:
-        sized = self._sizes.get(grid)
-        if sized is None:
-            counts = self._rule.counts(grid)
-            size = tuple(counts.get(kind, 0) for kind in self._kinds)
-            sized = _Sized(counts, size, load_of(counts, self._rule.load_sets))
-            if len(self._sizes) >= MOST_SIZES:
-                self._sizes.clear()
-            self._sizes[grid] = sized
-        return sized
-
     def _smallest(self, size: Size) -> int:
         """Index of the smallest budget that holds this many rows; budgets grow in every kind."""
+        found = bisect_left(self._columns[self._rows], size[self._rows])
+        if found < len(self._capacities) and all(map(le, size, self._capacities[found])):
+            return found
         return max(bisect_left(column, n) for column, n in zip(self._columns, size, strict=True))
 
     def _pack(self, pieces: Sequence[Piece], eager: bool) -> Pack:
-        sized = [self._sized(piece.grid) for piece in pieces]
-        size, load = _sum(sized)
-        return Pack(tuple(pieces), *self._placed(size, self._smallest(size), load, eager))
+        grids = Grids.of([self.known(piece.grid) for piece in pieces])
+        return Pack.of_pieces(tuple(pieces), grids, *self._placed(grids, self._smallest(grids.size), eager))
 
-    def _placed(self, size: Size, smallest: int, load: float, eager: bool) -> tuple[Counts, int | None, str]:
+    def _placed(self, grids: Grids, smallest: int, eager: bool) -> tuple[Counts, int | None, str]:
         """Where a pack runs: its counts, its budget, and the reason why it runs in none.
 
         Args:
-            size: rows of each kind.
+            grids: of the pack.
             smallest: the smallest budget that holds them.
-            load: of the attention.
             eager: whether it may run in none.
         """
-        counts = dict(zip(self._kinds, size, strict=True))
-        long = self._rule.is_long(counts)
-        index = self._cost.cheapest(smallest, load, long)
-        replay = self._cost.replay(index, load, long)
+        counts = dict(zip(self._kinds, grids.size, strict=True))
+        if self._settled[smallest]:
+            return counts, smallest, ""
+        load, long = grids.load, self._rule.is_long(counts)
+        index, replay = self._cost.cheapest(smallest, load, long)
         if eager and self._cost.eager(counts["patch"], load, long) < EAGER_MARGIN * replay:
             return counts, None, EAGER_IS_FASTER
         return counts, index, ""
 
     def _too_large(self, piece: Piece, largest: Counts) -> Pack:
-        counts = self._sized(piece.grid).counts
+        counts = self.known(piece.grid).counts
         reason = f"larger than the largest budget in {exceeded(counts, largest)}"
         return Pack((piece,), counts, None, reason)
 
@@ -210,15 +203,10 @@ class Planner:
         holds."""
         item, grid = piece.item, piece.grid
         rule = self._rule
-        if fits(self._sized(grid).counts, largest) or not fits(rule.counts(Grid(1, grid.h, grid.w)), largest):
+        if fits(self.known(grid).counts, largest) or not fits(rule.counts(Grid(1, grid.h, grid.w)), largest):
             return [piece]
         frames = grid.t
         while not fits(rule.counts(Grid(frames, grid.h, grid.w)), largest):
             frames -= 1
         starts = range(0, grid.t, frames)
         return [Piece(item, Grid(min(frames, grid.t - first), grid.h, grid.w), first) for first in starts]
-
-
-def _sum(sized: Sequence[_Sized]) -> tuple[Size, float]:
-    _, sizes, loads = zip(*sized, strict=True)
-    return tuple(map(sum, zip(*sizes, strict=True))), sum(loads)

@@ -39,7 +39,7 @@ class Prices:
         self._slope = np.append(np.asarray(cost.slope, dtype=float), 0.0)
         self._long_slope = np.append(np.asarray(cost.long_slope or cost.slope, dtype=float), 0.0)
         self._long_fixed = np.append(np.asarray(cost.long_fixed or [0.0] * len(cost.fixed), dtype=float), 0.0)
-        cheapest = [cost.cheapest(index, 0.0) for index in range(len(cost.fixed))]
+        cheapest = [cost.cheapest(index, 0.0)[0] for index in range(len(cost.fixed))]
         self._cheapest = np.append(np.asarray(cheapest, dtype=int), len(cost.fixed))
         per_row = self._fixed[:-1] / np.maximum(np.asarray(cost.rows), 1) if cost.rows else np.zeros(0)
         self._least_per_row = float(per_row.min(initial=np.inf))

@@ -1,0 +1,109 @@
+"""How packs reach a graph: every graph begins by reading a request, composing the metadata and copying the pixel rows.
+
+So the host launches one graph per pack and nothing else, where the pixel rows lie on the device.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from vitgraph.core import Counts
+from vitgraph.engine.buffers import Arena, MetadataLayout, StaticBuffers
+from vitgraph.engine.compose import Composer
+from vitgraph.engine.mailbox import NOTHING, Mailbox
+from vitgraph.models.contract import TowerSpec
+
+logger = logging.getLogger("vitgraph")
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""Of pixel rows that a graph copies itself; the first has code 1."""
+
+VECTOR_BYTES = 16
+"""Such rows begin at a multiple of it: they are loaded in vectors."""
+
+_CODES = {dtype: code for code, dtype in enumerate(DTYPES, start=1)}
+
+
+class Intake:
+    """The first kernels of every graph of one arena.
+
+    Args:
+        composer: of the metadata.
+        device: of the arena.
+    """
+
+    def __init__(self, composer: Composer, device: torch.device) -> None:
+        from vitgraph.engine import intake_triton
+
+        self._kernels, self._device = intake_triton, device
+        self.composer = composer
+        self.mailbox = Mailbox(composer.most_items, device, partial(_check, device))
+        self._likes = [torch.zeros(8, dtype=dtype, device=device) for dtype in DTYPES]
+        self._warm = False
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory that it holds."""
+        return self.composer.nbytes + self.mailbox.nbytes + sum(like.nbytes for like in self._likes)
+
+    def launch(self, buffers: StaticBuffers) -> None:
+        """Queues what comes before the forward. Each launch takes one request from the mailbox.
+
+        Args:
+            buffers: of the budget, which hold whatever the request asks for.
+        """
+        mailbox = self.mailbox
+        self._kernels.fetch(mailbox.ring, mailbox.read, mailbox.next, mailbox.request)
+        self.composer.launch(mailbox.request, buffers.layout)
+        self._kernels.copy_pixels(mailbox.request, self._likes, buffers.inputs.pixel_values)
+
+    def warm_up(self, buffers: StaticBuffers) -> None:
+        """Compiles the kernels, which no capture can do.
+
+        Args:
+            buffers: of any budget; they stay as they are.
+        """
+        if not self._warm:
+            self.mailbox.post(NOTHING)
+            self.launch(buffers)
+            self._warm = True
+
+    def rows_of(self, rows: Tensor) -> tuple[int, int, int] | None:
+        """What a request says of pixel rows, if a graph can copy them itself: dtype, address and elements.
+
+        Args:
+            rows: `[P, patch_width]`, of any dtype and on any device.
+        """
+        code = _CODES.get(rows.dtype)
+        if code is None or rows.device != self._device or not rows.is_contiguous():
+            return None
+        address = rows.data_ptr()
+        return None if address % VECTOR_BYTES else (code, address, rows.numel())
+
+
+def _check(device: torch.device) -> None:
+    """Raises where the device failed: whoever waits for it must hear of it."""
+    torch.cuda.current_stream(device).query()
+
+
+def make_intake(spec: TowerSpec, layouts: Sequence[MetadataLayout], capacity: Counts, arena: Arena) -> Intake | None:
+    """An intake where it is of use: on CUDA, with Triton, for a tower that has metadata.
+
+    Args:
+        spec: of the tower.
+        layouts: of all budgets, ascending.
+        capacity: of the largest budget.
+        arena: of the graphs.
+    """
+    if arena.device.type != "cuda" or not spec.buffers:
+        return None
+    if find_spec("triton") is None:
+        logger.warning("metadata is written on the host for every new combination of sizes: Triton is not installed")
+        return None
+    return Intake(Composer(spec, layouts, tuple(capacity), arena.block), arena.device)

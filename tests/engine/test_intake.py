@@ -1,0 +1,144 @@
+"""What graphs do before the forward, against the host's way: an engine whose graphs are played on the CPU.
+
+The kernels run in Triton's interpreter here, and compiled in tests/gpu.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from families import awkward_grids
+from vitgraph import EncoderConfig, VisionEncoder
+from vitgraph.core import Grid
+from vitgraph.engine import intake_triton
+from vitgraph.engine.compose import Composer
+from vitgraph.engine.graph import CapturedGraph
+from vitgraph.engine.intake import Intake
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled here")
+
+BUDGETS = (64, 192)
+
+
+@pytest.fixture(autouse=True)
+def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes its time per program, not per element."""
+    from vitgraph.engine import compose_triton
+
+    monkeypatch.setattr(compose_triton, "BLOCK", 1 << 13)
+    monkeypatch.setattr(intake_triton, "BLOCK", 1 << 17)
+
+
+class Played:
+    """Stands for a graph: does on the CPU what was captured, when it is replayed."""
+
+    def __init__(self, encoder: VisionEncoder, budget: int) -> None:
+        self._engine, self._buffers = encoder.engine, encoder.engine.ladder.static(budget)
+
+    def replay(self) -> None:
+        intake = self._buffers.arena.intake
+        assert intake is not None
+        intake.launch(self._buffers)
+        for static, result in zip(self._buffers.outputs, self._engine._forward(self._buffers.inputs), strict=True):
+            static.copy_(result)
+
+
+def plain(family: str = "qwen3_vl") -> VisionEncoder:
+    """An encoder on the CPU whose attention, like that of graphs, knows no lengths on the host."""
+    encoder = VisionEncoder.from_config(family, device="cpu", config=EncoderConfig(budgets=BUDGETS))
+    encoder.engine.staging.uncaptured = lambda inputs, grids: inputs  # type: ignore[method-assign]
+    return encoder
+
+
+def played(family: str = "qwen3_vl", most_bytes: int = 1 << 22) -> VisionEncoder:
+    """The same, and its budgets have graphs with an intake."""
+    encoder = plain(family)
+    engine, ladder = encoder.engine, encoder.engine.ladder
+    arena = ladder._make_arena()
+    kinds = tuple(encoder.budgets[-1].capacity)
+    arena.intake = Intake(Composer(encoder.spec, ladder._layouts, kinds, arena.block, most_bytes), encoder.device)
+    for budget in range(len(BUDGETS)):
+        outputs = ladder.static(budget).outputs
+        graph = Played(encoder, budget)
+        ladder.graphs[budget] = CapturedGraph(graph, outputs, 0.0, 0, arena.intake.mailbox)  # type: ignore[arg-type]
+    engine._runner._on_device = True
+    return encoder
+
+
+def same(got: list, want: list) -> bool:
+    return all(torch.equal(g.tokens, w.tokens) for g, w in zip(got, want, strict=True))
+
+
+def rows_of(encoder: VisionEncoder, grids: list[Grid], seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(sum(grid.patches for grid in grids), encoder.spec.patch_width, generator=generator)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "kimi_k25", "internvl"])
+def test_new_and_known_combinations_give_what_the_padded_forward_gives(family: str) -> None:
+    reference, encoder, choose = plain(family), played(family), random.Random(0)
+    grids = [grid for grid in awkward_grids(encoder.spec) if encoder.spec.counts(grid)["token"] <= BUDGETS[0]]
+    batches = [choose.choices(grids, k=choose.randint(1, 3)) for _ in range(3)]
+    for number, batch in enumerate([*batches, batches[0], batches[0]]):
+        x = rows_of(encoder, batch, number)
+        assert same(encoder.encode_patches(x, batch), reference.encode_patches(x, batch, mode="padded"))
+    stats = encoder.stats
+    assert stats.graph_replays >= 5
+    assert stats.host_metadata == 0
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda x: x,
+        lambda x: x.half(),
+        lambda x: x.bfloat16(),
+        lambda x: x.double(),
+        lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
+        lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
+    ],
+    ids=["float32", "float16", "bfloat16", "float64", "strided", "unaligned"],
+)
+def test_rows_of_any_dtype_and_layout(given) -> None:
+    encoder, grids = played(), [Grid(1, 4, 6), Grid(1, 2, 2)]
+    x = given(rows_of(encoder, grids))
+    want = encoder.encode_patches(x, grids, mode="padded")
+    for _ in range(2):
+        assert same(encoder.encode_patches(x, grids), want)
+    encoder.encode_patches(rows_of(encoder, [Grid(1, 8, 8)]), [Grid(1, 8, 8)])
+    assert same(encoder.encode_patches(x, grids), want)
+
+
+def test_batches_in_pieces_and_in_several_packs() -> None:
+    encoder = played()
+    grids = [Grid(1, 2 * choose, 16) for choose in (8, 7, 3, 8, 1, 5)]
+    x = rows_of(encoder, grids)
+    assert len(encoder.plan(grids)) > 1
+    assert same(encoder.encode_patches(x, grids), encoder.encode_patches(x, grids, mode="padded"))
+    got = encoder.engine.embed([own.clone() for own in x.split([grid.patches for grid in grids])], grids)
+    assert same(got, encoder.encode_patches(x, grids, mode="padded"))
+
+
+def test_parts_that_the_device_has_no_room_for_are_written_by_the_host(caplog) -> None:
+    encoder = played(most_bytes=1 << 10)
+    grids = [Grid(1, 8, 8), Grid(1, 6, 8)]
+    x = rows_of(encoder, grids)
+    for _ in range(2):
+        assert same(encoder.encode_patches(x, grids), encoder.encode_patches(x, grids, mode="padded"))
+    assert "too much memory" in caplog.text
+    assert encoder.stats.host_metadata >= 2
+
+
+def test_a_replay_by_hand_changes_nothing() -> None:
+    encoder, grids = played(), [Grid(1, 8, 8)]
+    x = rows_of(encoder, grids)
+    want = [embedding.tokens for embedding in encoder.encode_patches(x, grids)]
+    (budget,) = [pack.budget for pack in encoder.plan(grids)]
+    outputs = encoder.engine.captured(budget).replay()
+    assert torch.equal(outputs[0][0, : want[0].shape[0]], want[0])
+    assert same(encoder.encode_patches(x, grids), encoder.encode_patches(x, grids, mode="padded"))
