@@ -56,7 +56,9 @@ class Composing:
             return None
         places = [own.place for own in known]
         request = [len(places), *[0] * (HEAD - 1), *places]
-        self.composer.launch(torch.tensor(request, dtype=torch.int32, device=self.block.device), layout)
+        counts = torch.zeros(2, dtype=torch.int64, device=self.block.device)
+        on_device = torch.tensor(request, dtype=torch.int32, device=self.block.device)
+        self.composer.launch(on_device, (counts[0], counts[1]), layout)
         return layout.arrays(self.block.cpu().numpy())
 
     def written(self, grids: list[Grid], budget: int) -> dict[str, np.ndarray]:

@@ -71,16 +71,18 @@ class Grids(tuple[Grid, ...]):
 
     Attributes:
         known: per item.
+        owner: who knows them. What one planner knows is of no use to another.
         size: of all items together.
         load: likewise.
     """
 
     known: list[KnownGrid]
+    owner: object
 
     @classmethod
-    def of(cls, known: list[KnownGrid]) -> Grids:
+    def of(cls, known: list[KnownGrid], owner: object) -> Grids:
         made = cls([own.grid for own in known])
-        made.known = known
+        made.known, made.owner = known, owner
         return made
 
     @cached_property

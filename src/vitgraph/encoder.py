@@ -188,7 +188,7 @@ class VisionEncoder:
 
     def plan(self, grids: Iterable[Sequence[int]]) -> list[Pack]:
         """How items of these (t, h, w) grids would be packed."""
-        return self.engine.plan(Grids.of([self._know(grid) for grid in grids]))
+        return self.engine.plan(self._batch([self._know(grid) for grid in grids]))
 
     def encode(self, images: Sequence[ImageInput], on_error: OnError = "raise", mode: Mode = "auto") -> list[Any]:
         """Encodes images and clips of any size.
@@ -278,12 +278,16 @@ class VisionEncoder:
         known = self._known
         rows: Any = np.frombuffer(key, GRID_ROW).tolist() if isinstance(key, bytes) else key
         try:
-            return Grids.of([known[row] for row in rows])
+            return self._batch([known[row] for row in rows])
         except (KeyError, TypeError):  # new ones, or what is no key
             found = [self._know(grid) for grid in _host_grids(grid_thw)]
         if isinstance(key, bytes):
             known.update(zip(rows, found, strict=True))
-        return Grids.of(found)
+        return self._batch(found)
+
+    def _batch(self, known: list[KnownGrid]) -> Grids:
+        # What an earlier planner of the same engine knew is as good.
+        return Grids.of(known, self.engine.planner)
 
     def _know(self, grid: Sequence[int]) -> KnownGrid:
         key = tuple(grid)

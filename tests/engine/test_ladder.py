@@ -74,6 +74,24 @@ def test_a_capture_that_fails_without_warm_up_is_tried_with_one(captured, monkey
     assert len(ladder.graphs) == 4
 
 
+def test_a_late_capture_finds_metadata_that_is_valid_in_every_budget(captured, monkeypatch) -> None:
+    ladder = captured(lazy=True)
+    ladder.graphs.clear()
+    ladder.complete = False
+    arena = ladder.static(0).arena
+    arena.block.fill_(99)
+    seen = []
+
+    def look(self, forward, inputs, outputs, warm_up=True, begin=None):
+        seen.append(arena.block.any().item())
+        return CapturedGraph(NO_GRAPH, outputs, 0.0, 0)
+
+    monkeypatch.setattr(Pool, "capture", look)
+    assert ladder.missing(1) == ""
+    assert seen == [False]
+    assert arena.holds is None
+
+
 def test_a_capture_that_fails_with_a_warm_up_fails(captured) -> None:
     with pytest.raises(RuntimeError, match="not permitted"):
         captured(failures=1)

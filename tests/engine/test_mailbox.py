@@ -63,6 +63,15 @@ def test_a_full_ring_is_waited_for_and_nothing_is_written_over() -> None:
     assert [fetched(mailbox).places for _ in range(ENTRIES - 1)] == [[3 + number] for number in range(ENTRIES - 1)]
 
 
+def test_rows_are_waited_for_until_their_graph_has_copied_them() -> None:
+    mailbox = make()
+    mailbox.post(NOTHING)
+    with pytest.raises(Refused):
+        mailbox.wait_until_copied(mailbox.posted)
+    mailbox.copied[0] = 1
+    mailbox.wait_until_copied(mailbox.posted)
+
+
 def test_a_replay_that_is_not_launched_takes_its_request_back() -> None:
     class Graph:
         def __init__(self) -> None:

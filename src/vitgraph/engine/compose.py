@@ -92,16 +92,17 @@ class Composer:
         # What does not fit leaves with all others: the second time there is all the room.
         return self._add(known, plans) or self._add(known, plans)
 
-    def launch(self, request: Tensor, layout: MetadataLayout) -> None:
+    def launch(self, request: Tensor, counts: tuple[Tensor, Tensor], layout: MetadataLayout) -> None:
         """Queues the writing of a pack's metadata, padding included, into the block.
 
         Args:
             request: of a `Mailbox`, on the device; without items the block stays as it is.
+            counts: `next` and `copied` of the mailbox: what was queued before this is done when it starts.
             layout: of the pack's budget, which holds all items.
         """
         number = self._number[layout]
         self._kernel.launch(
-            request, self._parts, self._layouts, self._matrix, self._out, number,
+            request, self._parts, self._layouts, self._matrix, self._out, counts, number,
             len(self._kinds), len(self._buffers), len(self._schedules), self._most_words[number],
         )  # fmt: skip
 

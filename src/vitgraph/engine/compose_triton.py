@@ -33,6 +33,8 @@ def _arrange_kernel(
     parts_ptr,
     layouts_ptr,
     matrix_ptr,
+    next_ptr,
+    copied_ptr,
     number,
     KINDS: tl.constexpr,
     BUFFERS: tl.constexpr,
@@ -40,7 +42,9 @@ def _arrange_kernel(
     SETS: tl.constexpr,
     ITEMS: tl.constexpr,
 ):
-    """Writes the matrix `[items + 1, columns]`: rows before each item of each kind, then where its data begins for each
+    """Says that the kernel before it is done, which copies the request's pixel rows. Then, if the request has items:
+
+    Writes the matrix `[items + 1, columns]`: rows before each item of each kind, then where its data begins for each
     buffer; then, for each segment set, three columns in the order of launch: tiles before the item, where its tiles
     begin, and its first row. The last row of the matrix holds all rows, tiles and rows.
 
@@ -50,6 +54,8 @@ def _arrange_kernel(
     LONGEST: tl.constexpr = KINDS + BUFFERS + 2 * SCHEDULES
     items = tl.load(request_ptr)
     first_row = tl.program_id(0) * ITEMS
+    if first_row == 0:
+        tl.store(copied_ptr, tl.load(next_ptr))
     if (items > 0) & (first_row <= items):
         layout = layouts_ptr + number * (BUFFERS + SETS) * 12
         i = first_row + tl.arange(0, ITEMS)
@@ -160,6 +166,7 @@ def launch(
     layouts: Tensor,
     matrix: Tensor,
     out: Tensor,
+    counts: tuple[Tensor, Tensor],
     number: int,
     kinds: int,
     buffers: int,
@@ -174,13 +181,14 @@ def launch(
         layouts: `[layouts, buffers + segment sets, FIELDS]` int32.
         matrix: `[most items + 1, columns]` int32, for the time between the kernels.
         out: int32, the block of metadata.
+        counts: `next` and `copied` of the mailbox.
         number: of the layout.
         kinds, buffers, schedules: how many a part has.
         words: of the layout's largest buffer.
     """
     most, described = matrix.shape[0] - 1, layouts.shape[1]
     _arrange_kernel[(triton.cdiv(most + 1, ITEMS),)](
-        request, parts, layouts, matrix, number,
+        request, parts, layouts, matrix, *counts, number,
         KINDS=kinds, BUFFERS=buffers, SCHEDULES=schedules, SETS=described - buffers, ITEMS=ITEMS,
     )  # fmt: skip
     _compose_kernel[(triton.cdiv(words, BLOCK), described)](

@@ -37,6 +37,8 @@ __all__ = ["Engine", "Mode", "Outputs", "Progress"]
 
 logger = logging.getLogger("vitgraph")
 
+_HERE = nullcontext()
+
 
 class Engine:
     """Runs one tower through budgets.
@@ -175,7 +177,9 @@ class Engine:
             rows, grids, mode: see `run`.
             key: under which `embed_again` will find what is prepared here; default: the grids in a tuple.
         """
-        packs = self._run(rows, grids, mode, tuple(grids) if key is None else key)
+        if key is None:
+            key = grids if isinstance(grids, tuple) else tuple(grids)
+        packs = self._run(rows, grids, mode, key)
         return embeddings_of(packs, grids, self.planner.counts)
 
     def embed_again(self, key: Hashable, rows: Tensor) -> list[VisionEmbedding] | None:
@@ -303,7 +307,7 @@ class Engine:
         if self._released:
             raise EngineReleasedError("this encoder was released; make a new one with from_pretrained().")
         if self.device.type != "cuda" or torch.cuda.current_device() == self.device.index:
-            return nullcontext()
+            return _HERE
         return torch.cuda.device(self.device)
 
 

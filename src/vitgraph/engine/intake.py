@@ -60,8 +60,8 @@ class Intake:
         """
         mailbox = self.mailbox
         self._kernels.fetch(mailbox.ring, mailbox.read, mailbox.next, mailbox.request)
-        self.composer.launch(mailbox.request, buffers.layout)
         self._kernels.copy_pixels(mailbox.request, self._likes, buffers.inputs.pixel_values)
+        self.composer.launch(mailbox.request, (mailbox.next, mailbox.copied), buffers.layout)
 
     def warm_up(self, buffers: StaticBuffers) -> None:
         """Compiles the kernels, which no capture can do.

@@ -120,6 +120,8 @@ class Ladder:
             self._uses[index] = self._uses.get(index, 0) + 1
             if self._uses[index] < self._config.lazy_after:
                 return WAITING
+            # A warm-up runs on what lies there, and the metadata of another budget is none of this one.
+            self._make_arena().clear_block()
             if self._capture(index):
                 return ""
         self.complete = True  # the memory limit is reached: no later budget can be captured either

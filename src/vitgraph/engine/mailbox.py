@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from typing import NamedTuple
 
@@ -53,8 +54,10 @@ class Mailbox:
     Attributes:
         ring: `[ENTRIES, words]` int32, pinned for CUDA.
         read: `[1]` int64, pinned for CUDA: requests that the device has read.
+        copied: `[1]` int64, pinned for CUDA: requests whose pixel rows have been copied.
         next: `[1]` int64 on the device: the request that it reads next.
         request: `[words]` int32 on the device: the request that was read last.
+        posted: requests so far.
     """
 
     def __init__(self, most_places: int, device: torch.device, check: Callable[[], object]) -> None:
@@ -62,12 +65,19 @@ class Mailbox:
         words = -(-(HEAD + most_places) // 4) * 4
         self.ring = torch.zeros(ENTRIES, words, dtype=torch.int32, pin_memory=pinned)
         self.read = torch.zeros(1, dtype=torch.int64, pin_memory=pinned)
+        self.copied = torch.zeros(1, dtype=torch.int64, pin_memory=pinned)
         self.next = torch.zeros(1, dtype=torch.int64, device=device)
         self.request = torch.zeros(words, dtype=torch.int32, device=device)
         self._bytes, self._entry = self.ring.numpy().data.cast("B"), words * WORD
-        self._count = self.read.numpy().data
+        self._read, self._copied = self.read.numpy().data, self.copied.numpy().data
         self._check = check
-        self._posted = self._seen = 0
+        self.posted = self._seen = 0
+
+    def __del__(self) -> None:
+        # Pinned memory goes to others at once, and replays that were launched may still have to read it.
+        with suppress(Exception):
+            while self._read[0] < self.posted:
+                self._pause()
 
     @property
     def nbytes(self) -> int:
@@ -81,26 +91,35 @@ class Mailbox:
             request: its places are at most `most_places`.
         """
         # One entry less than there are: the one that was counted last may still be being read.
-        if self._posted - self._seen >= ENTRIES - 1:
+        if self.posted - self._seen >= ENTRIES - 1:
             self._wait()
         places = request.places
         items = len(places)
         _layout(items).pack_into(
-            self._bytes, self._posted % ENTRIES * self._entry,
+            self._bytes, self.posted % ENTRIES * self._entry,
             items, request.dtype, request.address, request.elements, *places,
         )  # fmt: skip
-        self._posted += 1
+        self.posted += 1
 
     def withdraw(self) -> None:
         """Takes the last request back: its replay was not launched."""
-        self._posted -= 1
+        self.posted -= 1
+
+    def wait_until_copied(self, number: int) -> None:
+        """Until the pixel rows of the first `number` requests have been copied: their memory may be written again."""
+        copied = self._copied
+        while copied[0] < number:
+            self._pause()
 
     def _wait(self) -> None:
-        self._seen = self._count[0]
-        while self._posted - self._seen >= ENTRIES - 1:
-            self._check()
-            time.sleep(PAUSE_SECONDS)
-            self._seen = self._count[0]
+        self._seen = self._read[0]
+        while self.posted - self._seen >= ENTRIES - 1:
+            self._pause()
+            self._seen = self._read[0]
+
+    def _pause(self) -> None:
+        self._check()
+        time.sleep(PAUSE_SECONDS)
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from vitgraph.engine.slots import StagingSlot
@@ -12,7 +13,9 @@ PieceRows = Tensor
 """`[P_i, patch_width]` rows of one piece, or of several that follow each other, a view of the caller's memory."""
 
 
-def copy_rows(target: Tensor, pieces: Sequence[PieceRows], slot: StagingSlot | None) -> None:
+def copy_rows(
+    target: Tensor, pieces: Sequence[PieceRows], slot: StagingSlot | None, stream: torch.cuda.Stream | None = None
+) -> None:
     """Copies pieces one after another into the first rows of `target`, casting to its dtype.
 
     Rows on the target's device are copied directly, adjacent pieces in one copy. Host rows go through the slot to rows
@@ -24,6 +27,7 @@ def copy_rows(target: Tensor, pieces: Sequence[PieceRows], slot: StagingSlot | N
         pieces: in row order; together at most P rows.
         slot: has room for them, in the target's dtype; None when no piece is on the host. Its `return_rows` must be
             called before the caller gets control back.
+        stream: the current stream on CUDA, or None to look it up.
     """
     row = 0
     from_host: list[tuple[int, Tensor]] = []
@@ -35,10 +39,27 @@ def copy_rows(target: Tensor, pieces: Sequence[PieceRows], slot: StagingSlot | N
         row += run.shape[0]
     if from_host:
         assert slot is not None, "rows on the host need a staging slot"
-        landing = slot.send(from_host)
+        landing = slot.send(from_host, stream)
         for row, run in from_host:
             rows = slice(row, row + run.shape[0])
             target[rows].copy_(landing[rows], non_blocking=True)
+
+
+def land_rows(pieces: Sequence[PieceRows], slot: StagingSlot, stream: torch.cuda.Stream | None) -> Tensor:
+    """Sends pieces to the device, none of which lie there.
+
+    Args:
+        pieces, slot, stream: see `copy_rows`.
+
+    Returns:
+        `[P, patch_width]` on the device, the pieces one after another.
+    """
+    row = 0
+    runs: list[tuple[int, Tensor]] = []
+    for run in _adjacent(pieces):
+        runs.append((row, run))
+        row += run.shape[0]
+    return slot.send(runs, stream).narrow(0, 0, row)
 
 
 def _adjacent(pieces: Sequence[PieceRows]) -> list[Tensor]:

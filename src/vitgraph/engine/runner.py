@@ -81,11 +81,12 @@ class PackRunner:
             if mode != "eager":
                 self._counters.eager(pack)
             return self.run_exact(pack.counts, pack.grids, pixels)
+        outputs = self._run_padded(pack, pack.budget, pixels, use_graph=mode == "auto" and self._on_device)
         tokens = self._ladder.budgets[pack.budget].tokens
         self._counters.replay(pack, tokens)
         if self._verbose:
             _log(pack, tokens)
-        return self._run_padded(pack, pack.budget, pixels, use_graph=mode == "auto" and self._on_device)
+        return outputs
 
     def run_exact(self, total: Counts, grids: Sequence[Grid], pixels: Sequence[PieceRows]) -> Outputs:
         """Eager outputs, on buffers of exactly the pack's size.
@@ -189,6 +190,7 @@ class PackRunner:
         intake = buffers.arena.intake
         if graph is not None and intake is not None:
             graph.replay(self._staging.request(intake, buffers, pack, pixels, stream))
+            self._staging.launched(intake.mailbox)
             buffers.arena.holds = pack
             return
         self._staging.fill_pack(buffers, pack, pixels, stream)

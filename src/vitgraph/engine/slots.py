@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,9 @@ class StagingSlot:
         nbytes: of the metadata block.
         pixel_shape, dtype: of the pixel rows.
         device: that reads it.
+
+    Attributes:
+        reader: waits for the graph that reads the rows that were sent; None where none does.
     """
 
     def __init__(self, nbytes: int, pixel_shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
@@ -32,6 +36,7 @@ class StagingSlot:
         self.block = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=self._pinned)
         self.bytes = self.block.numpy()
         self.event = torch.cuda.Event() if self._pinned else None
+        self.reader: Callable[[], None] | None = None
         self._lent = False
         self._pixel_shape, self._dtype, self._device = pixel_shape, dtype, device
         self._parts: dict[MetadataLayout, tuple[Tensor, dict[str, np.ndarray]]] = {}
@@ -71,7 +76,7 @@ class StagingSlot:
             self._parts[layout] = self.block[: layout.nbytes], layout.arrays(self.bytes)
         return self._parts[layout]
 
-    def send(self, runs: list[tuple[int, Tensor]]) -> Tensor:
+    def send(self, runs: list[tuple[int, Tensor]], stream: torch.cuda.Stream | None = None) -> Tensor:
         """Sends rows from the host, and lets the current stream wait for them.
 
         Rows that are pinned and of the right dtype travel from the caller's memory; `return_rows` waits until they
@@ -79,16 +84,22 @@ class StagingSlot:
 
         Args:
             runs: first row and `[P_i, patch_width]`; not empty.
+            stream: the current stream, or None to look it up.
 
         Returns:
             `[P, patch_width]` on the device, the rows in their places.
         """
-        landing = self._landing
-        with torch.cuda.stream(self._copies):
+        landing, copies = self._landing, self._copies
+        stream = stream or torch.cuda.current_stream(self._device)
+        # A context manager would take longer than a pinned copy.
+        torch.cuda.set_stream(copies)
+        try:
             for row, run in runs:
-                self._send(landing[row : row + run.shape[0]], run, row)
-            self._arrived.record(self._copies)
-        torch.cuda.current_stream(self._device).wait_event(self._arrived)
+                self._send(landing.narrow(0, row, run.shape[0]), run, row)
+            self._arrived.record(copies)
+        finally:
+            torch.cuda.set_stream(stream)
+        stream.wait_event(self._arrived)
         return landing
 
     def _send(self, landed: Tensor, run: Tensor, row: int) -> None:
@@ -115,5 +126,8 @@ class StagingSlot:
 
     def wait(self) -> None:
         """Until the device has read what was written here last."""
+        if self.reader is not None:
+            self.reader()
+            self.reader = None
         if self.event is not None and not self.event.query():
             self.event.synchronize()

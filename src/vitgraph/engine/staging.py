@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,8 +14,8 @@ from vitgraph.core import NOWHERE, Grid, Grids, KnownGrid, Pack
 from vitgraph.engine.buffers import StaticBuffers, with_lengths
 from vitgraph.engine.compose import Composer
 from vitgraph.engine.intake import Intake
-from vitgraph.engine.mailbox import Request
-from vitgraph.engine.pixels import PieceRows, copy_rows
+from vitgraph.engine.mailbox import Mailbox, Request
+from vitgraph.engine.pixels import PieceRows, copy_rows, land_rows
 from vitgraph.engine.slots import StagingSlot
 from vitgraph.errors import PatchError
 from vitgraph.models.contract import Tower, TowerBuffers
@@ -94,8 +95,21 @@ class Staging:
             places = self._places(intake.composer, buffers, pack, stream)
         if len(pixels) == 1 and (rows := intake.rows_of(pixels[0])):
             return Request(places, *rows)
+        if all(rows.device != self._device for rows in pixels):
+            self._sent = slot = buffers.arena.next_slot()
+            if landed := intake.rows_of(land_rows(pixels, slot, stream)):
+                return Request(places, *landed)
         self._bring_rows(buffers, pixels, stream)
         return Request(places)
+
+    def launched(self, mailbox: Mailbox) -> None:
+        """Notes that the graph which reads what was sent has been launched.
+
+        Args:
+            mailbox: of its request.
+        """
+        if self._sent is not None:
+            self._sent.reader = partial(mailbox.wait_until_copied, mailbox.posted)
 
     def _places(
         self, composer: Composer, buffers: StaticBuffers, pack: Pack, stream: torch.cuda.Stream | None
@@ -139,13 +153,19 @@ class Staging:
     ) -> None:
         from_host = any(rows.device != self._device for rows in pixels)
         slot = buffers.arena.next_slot() if from_host else None
-        self._copy_rows(buffers.inputs.pixel_values, pixels, slot)
+        self._copy_rows(buffers.inputs.pixel_values, pixels, slot, stream)
         if slot is not None:
             slot.record(stream)
 
-    def _copy_rows(self, target: Tensor, pixels: Sequence[PieceRows], slot: StagingSlot | None) -> None:
+    def _copy_rows(
+        self,
+        target: Tensor,
+        pixels: Sequence[PieceRows],
+        slot: StagingSlot | None,
+        stream: torch.cuda.Stream | None,
+    ) -> None:
         self._sent = slot
-        copy_rows(target, pixels, slot)
+        copy_rows(target, pixels, slot, stream)
 
     def return_rows(self) -> None:
         """Until the device has read what was sent from the caller's own memory; called before a run returns."""
@@ -169,7 +189,7 @@ class Staging:
         """
         slot = buffers.arena.next_slot()
         buffers.arena.holds = None
-        self._copy_rows(buffers.inputs.pixel_values, pixels, slot)
+        self._copy_rows(buffers.inputs.pixel_values, pixels, slot, stream)
         staged, arrays = slot.part(buffers.layout)
         buffers.layout.write(arrays, self.grids.get_all(grids))
         self.written_on_host += 1

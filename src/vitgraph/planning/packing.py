@@ -107,8 +107,10 @@ class Planner:
         return list(packs)
 
     def batch(self, grids: Sequence[Grid]) -> Grids:
-        """The grids with what is known of them; they themselves where they have it already."""
-        return grids if isinstance(grids, Grids) else Grids.of([self.known(grid) for grid in grids])
+        """The grids with what this planner knows of them; they themselves where they have it already."""
+        if isinstance(grids, Grids) and grids.owner is self:
+            return grids
+        return Grids.of([self.known(grid) for grid in grids], self)
 
     def patches(self, grids: Grids) -> int:
         """Patch rows of all items; the plan of the same batch needs no other sums."""
@@ -173,7 +175,7 @@ class Planner:
         return max(bisect_left(column, n) for column, n in zip(self._columns, size, strict=True))
 
     def _pack(self, pieces: Sequence[Piece], eager: bool) -> Pack:
-        grids = Grids.of([self.known(piece.grid) for piece in pieces])
+        grids = self.batch([piece.grid for piece in pieces])
         return Pack.of_pieces(tuple(pieces), grids, *self._placed(grids, self._smallest(grids.size), eager))
 
     def _placed(self, grids: Grids, smallest: int, eager: bool) -> tuple[Counts, int | None, str]:
