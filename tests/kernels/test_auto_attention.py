@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attention_cases import make_segments
 from vitgraph import EncoderConfig, VisionEncoder
+from vitgraph.attention import flash
 from vitgraph.attention.auto import CLASSES, AutoAttention
 from vitgraph.attention.base import Segments, has_own_graph
 from vitgraph.attention.choices import cache_folder, load_times, save_times
@@ -122,6 +123,34 @@ def test_a_backend_that_is_timed_last_on_a_slower_gpu_does_not_lose_by_that() ->
     assert times == {"triton": 100.0, "other": 97.0}
 
 
+@pytest.mark.parametrize(
+    "burst, again, want",
+    [
+        ((1000.0, 970.0), (1020.0, 1100.0), {"triton": 1020.0, "other": 1100.0}),
+        ((1200.0, 1000.0), (), {"triton": 1200.0, "other": 1000.0}),
+        ((100.0, 97.0), (), {"triton": 100.0, "other": 97.0}),
+    ],
+    ids=["close", "clear", "short"],
+)
+def test_long_calls_that_are_close_are_timed_again_under_load(burst, again, want: dict) -> None:
+    own, other = Own(), Other()
+    clocks, loads = iter([*burst, *burst[::-1]]), iter(again)
+    attention = AutoAttention(own, [other], CPU, torch.float32, lambda call: next(clocks), lambda call: next(loads))
+    assert attention._measure(CLASSES[0], 2, 8) == want
+    assert next(loads, None) is None
+
+
+def test_those_that_are_not_close_slow_down_as_the_fastest_does() -> None:
+    own, other, far = Own(), Other(), Other()
+    far.name = "far"
+    burst = [1000.0, 1040.0, 2000.0]
+    clocks, loads = iter([*burst, *burst[::-1]]), iter([1100.0, 1200.0])
+    attention = AutoAttention(
+        own, [other, far], CPU, torch.float32, lambda call: next(clocks), lambda call: next(loads)
+    )
+    assert attention._measure(CLASSES[0], 2, 8) == pytest.approx({"triton": 1100.0, "other": 1200.0, "far": 2200.0})
+
+
 def test_choices_are_kept_on_disk_and_measured_once(tmp_path: Path) -> None:
     own, other = Own(), Other()
     qkv, segments = torch.randn(8, 3, 2, 8), make_segments(8, [8], 0)
@@ -170,6 +199,19 @@ def test_the_engine_runs_both_forms(monkeypatch) -> None:
     alone = encoder.encode_patches(x[:64], one)
     assert other.calls == 3, "one per layer"
     torch.testing.assert_close(alone[0].tokens, several[0].tokens, rtol=1e-5, atol=1e-5)
+
+
+def test_a_wheel_that_cannot_be_imported_says_so(monkeypatch, caplog) -> None:
+    def broken(name: str) -> None:
+        raise OSError("libcudart.so.13: cannot open shared object file")
+
+    monkeypatch.setattr(flash, "import_module", broken)
+    monkeypatch.setattr(flash, "find_spec", lambda name: object())
+    monkeypatch.setattr(flash, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(flash, "_fa4_import_error", flash._fa4_import_error.__wrapped__)
+    monkeypatch.setattr(flash.os, "environ", {})
+    assert "libcudart.so.13" in flash.Fa4Attention.missing(CPU, torch.bfloat16)
+    assert "cannot be imported" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["fa3", "fa4"])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from vitgraph.attention.base import Segments, VarlenAttention, tune, warm_up
 from vitgraph.attention.choices import choice_key, measure_once
 from vitgraph.attention.opaque import attend_opaquely, handle_of
-from vitgraph.attention.trial import Time, device_time, nearest_class, segments_of
+from vitgraph.attention.trial import Time, device_time, loaded_time, nearest_class, segments_of
 
 logger = logging.getLogger("vitgraph")
 
@@ -21,6 +22,9 @@ CLASSES = (512, 1024, 1536, 2048, 2304, 3072, 4096, 6144, 8192, 16384)
 
 MARGIN = 0.98
 """Another backend must take less than this share of our kernel's time."""
+
+LONG_US, CLOSE = 500.0, 1.05
+"""From which time on those within this factor of the fastest are timed again, under load."""
 
 
 class OptionalBackend(VarlenAttention, Protocol):
@@ -40,7 +44,7 @@ class AutoAttention:
         own: runs any pack.
         others: candidates for such packs.
         device, dtype: of the tower.
-        time: microseconds of a call; for tests.
+        time, loaded: microseconds of a call, and under load; for tests.
     """
 
     name = "auto"
@@ -52,10 +56,11 @@ class AutoAttention:
         device: torch.device,
         dtype: torch.dtype,
         time: Time = device_time,
+        loaded: Time = loaded_time,
     ) -> None:
         self.own, self.others = own, others
         self._device, self._dtype = device, dtype
-        self._time = time
+        self._time, self._loaded = time, loaded
         self._chosen: dict[int, VarlenAttention] = {}
         self._handle = handle_of(self)
 
@@ -105,19 +110,33 @@ class AutoAttention:
         qkv = torch.randn(rows, 3, heads, head_dim, device=self._device, dtype=self._dtype)
         segments = segments_of([rows], self.own.block(rows, rows), self._device)
         q, k, v = qkv.unbind(1)
+        calls: dict[str, Callable[[], object]] = {
+            backend.name: partial(backend, q, k, v, segments, head_dim**-0.5) for backend in (self.own, *self.others)
+        }
+        times = self._burst_times(calls)
+        best = min(times.values())
+        close = [name for name, time in times.items() if time <= CLOSE * best]
+        if best < LONG_US or len(close) == 1:
+            return times
+        loaded = {name: self._loaded(calls[name]) for name in close}
+        slower = min(loaded.values()) / best
+        return {name: loaded.get(name, time * slower) for name, time in times.items()}
+
+    def _burst_times(self, calls: dict[str, Callable[[], object]]) -> dict[str, float]:
+        """Microseconds by backend, without those that cannot run."""
         times: dict[str, float] = {}
-        running = [self.own, *self.others]
+        running = list(calls)
         for _ in range(2):
-            for backend in [*running]:
+            for name in [*running]:
                 try:
-                    time = self._time(lambda: backend(q, k, v, segments, head_dim**-0.5))  # noqa: B023
+                    time = self._time(calls[name])
                 except Exception as error:  # a third-party kernel may refuse a shape in any way
-                    if backend is self.own:
+                    if name == self.own.name:
                         raise
-                    logger.warning("attention %s cannot run %d heads of %d: %s", backend.name, heads, head_dim, error)
-                    running.remove(backend)
+                    logger.warning("attention %s cannot run here: %s", name, error)
+                    running.remove(name)
                 else:
-                    times[backend.name] = min(time, times.get(backend.name, time))
+                    times[name] = min(time, times.get(name, time))
             # Backwards: the GPU lowers its clock meanwhile, and who came last should not lose by that.
             running.reverse()
         return times

@@ -8,8 +8,10 @@ result's rows past the last segment are zeroed after it.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from functools import cache, partial
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from inspect import signature
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 from vitgraph.attention.base import Segments
+from vitgraph.attention.choices import cache_folder
 
 logger = logging.getLogger("vitgraph")
 
@@ -69,7 +72,9 @@ class Fa4Attention:
         """Why it cannot run here; empty when it can."""
         if find_spec("flash_attn") is None or find_spec("flash_attn.cute") is None:
             return "the package flash-attn-4 is not installed"
-        return "" if _capability(device)[0] >= 8 else "it needs a GPU of compute capability 8.0 or more"
+        if _capability(device)[0] < 8:
+            return "it needs a GPU of compute capability 8.0 or more"
+        return _fa4_import_error()
 
     @staticmethod
     def version() -> str:
@@ -83,6 +88,19 @@ class Fa4Attention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
         return _guarded(_fa4(q.device, q.shape[2]), q, k, v, segments, scale)
+
+
+@cache
+def _fa4_import_error() -> str:
+    """Why the package cannot be imported; empty when it is, which takes seconds. What it compiles is kept on disk."""
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(cache_folder() / "flash_attention_4"))
+    try:
+        import_module("flash_attn.cute.interface")
+    except Exception as error:  # its own dependencies may fail in any way
+        logger.warning("FlashAttention-4 is installed and cannot be imported: %s", error)
+        return f"importing flash-attn-4 failed: {error}"
+    return ""
 
 
 @cache

@@ -14,8 +14,8 @@ from vitgraph.capture import capturing
 
 RUNS = 5
 CALLS = 4
-LONG_US, LOAD_SECONDS = 500.0, 0.25
-"""From which time on a call is timed under load, and for how long."""
+LOAD_SECONDS = 0.25
+"""How long a call is timed under load."""
 USUAL, LARGE = 400, 1024
 
 Time = Callable[[Callable[[], object]], float]
@@ -43,14 +43,22 @@ def elapsed(call: Callable[[], object], runs: int = 1, lead: bool = True) -> flo
 
 
 def device_time(call: Callable[[], object]) -> float:
-    """Microseconds on the device, as a part of a CUDA graph: the best of a few replays, after one call that compiles;
-    of a long call its time under load.
+    """Microseconds on the device, as a part of a CUDA graph: the best of a few replays, after one call that compiles.
 
     Outside a graph a short kernel would be timed by how long the host takes to launch it.
 
     Raises:
         RuntimeError: when the call cannot be captured.
     """
+    return _in_a_graph(call, lambda replay: min(elapsed(replay) for _ in range(RUNS)))
+
+
+def loaded_time(call: Callable[[], object]) -> float:
+    """As `device_time`, under load."""
+    return _in_a_graph(call, under_load)
+
+
+def _in_a_graph(call: Callable[[], object], time_of: Callable[[Callable[[], object]], float]) -> float:
     call()
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -58,11 +66,9 @@ def device_time(call: Callable[[], object]) -> float:
         with capturing(graph, torch.device("cuda", torch.cuda.current_device()), torch.cuda.graph_pool_handle()):
             for _ in range(CALLS):
                 call()
-        best = min(elapsed(graph.replay) for _ in range(RUNS)) / CALLS
-        if best >= LONG_US:
-            best = under_load(graph.replay) / CALLS
+        found = time_of(graph.replay) / CALLS
     torch.cuda.current_stream().wait_stream(stream)
-    return best
+    return found
 
 
 def under_load(replay: Callable[[], object], seconds: float = LOAD_SECONDS) -> float:
