@@ -25,3 +25,11 @@ def test_a_kernel_that_slows_down_under_load_is_timed_as_it_runs_then(monkeypatc
 def test_at_least_one_run_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "elapsed", lambda call, lead: 5.0)
     assert trial.under_load(lambda: None, seconds=0.0) == 5.0
+
+
+@pytest.mark.parametrize("us, runs", [(10.0, trial.RUNS), (2400.0, 3), (12000.0, 2)])
+def test_long_calls_are_timed_less_often(us: float, runs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[object] = []
+    monkeypatch.setattr(trial, "elapsed", lambda replay: (calls.append(replay), us + len(calls))[1])
+    assert trial._best(lambda: None) == us + 1
+    assert len(calls) == runs

@@ -10,7 +10,8 @@ from torch import Tensor
 ROWS, COLUMNS = 16, 512
 
 
-@triton.jit
+# One compiled kernel for all buffers: the numbers only end a loop or a mask.
+@triton.jit(do_not_specialize=["last", "rows"])
 def _guard_kernel(
     x_ptr, ends_ptr, last, rows, stride, BOUND: tl.constexpr, LARGEST: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
