@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 
 import pytest
@@ -11,6 +12,7 @@ from composing import Composing, check
 from families import awkward_grids
 from vitgraph import EncoderConfig, VisionEncoder
 from vitgraph.core import Grid, sum_counts
+from vitgraph.engine.mailbox import ENTRIES
 from vitgraph.models.registry import families
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -73,3 +75,40 @@ def test_a_large_clip_and_many_items_at_once() -> None:
             got, want = encoder.encode_patches(x, batch), encoder.encode_patches(x, batch, mode="eager")
             for g, w in zip(got, want, strict=True):
                 assert (g.tokens - w.tokens).float().norm() <= 2e-2 * w.tokens.float().norm()
+
+
+SLEEP_CYCLES = 300_000_000
+"""Of the GPU's clock: some tenths of a second."""
+
+
+def test_a_host_that_is_far_ahead_waits_and_mixes_nothing_up() -> None:
+    with make("qwen3_vl") as encoder:
+        batches = [[Grid(1, 4, 4)], [Grid(1, 6, 4), Grid(1, 2, 2)], [Grid(1, 4, 8)]]
+        width, calls = encoder.spec.patch_width, ENTRIES + 70
+        encoder.capture(progress=False)
+        xs = [torch.randn(sum(grid.patches for grid in batch), width, device="cuda") for batch in batches]
+        want = [encoder.encode_patches(x, batch, mode="padded") for x, batch in zip(xs, batches, strict=True)]
+        torch.cuda.synchronize()
+        torch.cuda._sleep(SLEEP_CYCLES)
+        got = [encoder.encode_patches(xs[number % 3], batches[number % 3]) for number in range(calls)]
+        for number, items in enumerate(got):
+            assert all(torch.equal(g.tokens, w.tokens) for g, w in zip(items, want[number % 3], strict=True)), number
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_an_encoder_may_go_while_its_replays_are_in_flight(pinned: bool) -> None:
+    encoder, batch = make("qwen3_vl"), [Grid(1, 6, 4), Grid(1, 2, 2)]
+    x = torch.randn(28, encoder.spec.patch_width)
+    x = x.pin_memory() if pinned else x.cuda()
+    encoder.capture(progress=False)
+    want = [item.tokens.clone() for item in encoder.encode_patches(x, batch, mode="padded")]
+    torch.cuda.synchronize()
+    torch.cuda._sleep(SLEEP_CYCLES)
+    got = [encoder.encode_patches(x, batch) for _ in range(20)]
+    del encoder
+    gc.collect()
+    # Whoever gets the memory next writes over it at once.
+    for _ in range(20):
+        torch.zeros(1 << 16, dtype=torch.int32, pin_memory=True).fill_(-1)
+    for items in got:
+        assert all(torch.equal(g.tokens, w) for g, w in zip(items, want, strict=True))
