@@ -6,6 +6,7 @@ import pytest
 
 from vitgraph import EncoderConfig, VisionEncoder
 from vitgraph.core import Grid, fits, sum_counts
+from vitgraph.engine import measure
 from vitgraph.engine.measure import halving, large_items, measure_costs, one_item, usual_items
 from vitgraph.models.registry import families
 from vitgraph.planning.cost import load_of
@@ -129,3 +130,10 @@ def test_halving_visits_everything_once_from_the_outside() -> None:
     assert sorted(order) == list(range(9))
     assert order[:3] == [8, 0, 4]
     assert list(halving([3])) == [3]
+
+
+def test_a_slope_that_was_measured_wrong_does_not_stay() -> None:
+    flat = dict.fromkeys(range(7), 1.0)
+    for wrong in flat:
+        assert measure._smooth(flat | {wrong: 3.0}, near=2, ends=True) == flat
+    assert measure._smooth({0: 5.0, 1: 1.0, 2: 2.0, 3: 9.0}) == {0: 5.0, 1: 2.0, 2: 2.0, 3: 9.0}

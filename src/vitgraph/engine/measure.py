@@ -23,6 +23,7 @@ LEAST_SHARE = 0.05
 USUAL_TOKENS, LARGE_TOKENS = 100, (441, 1024)
 SLOPE_POINTS, SLOPE_POINTS_OF_TWO = 14, 10
 """Budgets whose slope is measured: fewer where there are two, which take twice as long."""
+NEAR = 2
 EAGER_POINTS = 5
 EAGER_RUNS = 2
 
@@ -72,7 +73,9 @@ def measure_costs(
         found = _slopes(spec, budgets[index], index, times[index], loads[index], timer) if index in probed else None
         if found:
             slopes[index], long[index], beside[index] = found
-    slopes, long, beside = _smooth(slopes) or {order[0]: 0.0}, _smooth(long), _smooth(beside)
+    # A slope is a small difference of two times: what it means for attention changes slowly with the size.
+    slopes = _smooth(slopes, NEAR, ends=True) or {order[0]: 0.0}
+    long, beside = _smooth(long), _smooth(beside)
     rows = np.array([budget.capacity["patch"] for budget in budgets])
     slope = _spread(rows, slopes)
     fixed = _spread(rows, {i: max(times[i] - slope[i] * loads[i], 0.0) for i in times})
@@ -205,12 +208,21 @@ def _slopes(
     return slope, alone / one_load, 0.0
 
 
-def _smooth(points: dict[int, float]) -> dict[int, float]:
-    """Each inner point replaced by the median of itself and its neighbours: how tiles fill the GPU at one size says
-    little about the sizes beside it."""
+def _smooth(points: dict[int, float], near: int = 1, ends: bool = False) -> dict[int, float]:
+    """Each point replaced by the median of itself and as many neighbours on either side: how tiles fill the GPU at one
+    size says little about the sizes beside it.
+
+    Args:
+        points: by budget.
+        near: most neighbours on a side; where one side has fewer, the other counts as few.
+        ends: both sides count as many as they have, so that the outermost points are replaced, too.
+    """
     ordered = sorted(points)
-    near = zip(ordered, ordered[1:], ordered[2:], strict=False)
-    return points | {middle: median(points[i] for i in (low, middle, high)) for low, middle, high in near}
+    found = {}
+    for at, index in enumerate(ordered):
+        few = near if ends else min(near, at, len(ordered) - 1 - at)
+        found[index] = median(points[i] for i in ordered[max(at - few, 0) : at + few + 1])
+    return found
 
 
 def _eager_curve(
