@@ -3,7 +3,7 @@
 The slow reference is `MetadataLayout.write`, which does the same on the host.
 
 A *part* is what depends on one grid, in 32-bit words: rows of each kind, then per buffer and per tile schedule the
-offset of its data from the part's beginning, tiles of each schedule, and rows of the longest segment (`HEAD`); then the
+offset of its data from the part's beginning, tiles of each schedule, and rows of the longest segment; then the
 data. A *request* is the number of items and, from word `FIRST_PLACE` on, where each item's part begins. Without items
 the metadata stays as it is.
 """
