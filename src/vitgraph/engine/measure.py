@@ -15,7 +15,7 @@ from vitgraph.models.contract import TowerSpec
 from vitgraph.planning.budgets import Budget
 from vitgraph.planning.cost import CostModel, load_of
 
-SECONDS = 0.8
+SECONDS = 0.7
 """Time for replays; eager runs and the attention's slope take a little more."""
 LEAST_SHARE = 0.05
 """Least time of one replay as a share of the largest budget's."""
