@@ -5,7 +5,6 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from operator import le
 from typing import Protocol
 
 from vitgraph.core import Counts, Grid, Grids, KnownGrid, Pack, Piece, exceeded, fits
@@ -169,10 +168,13 @@ class Planner:
 
     def _smallest(self, size: Size) -> int:
         """Index of the smallest budget that holds this many rows; budgets grow in every kind."""
-        found = bisect_left(self._columns[self._rows], size[self._rows])
-        if found < len(self._capacities) and all(map(le, size, self._capacities[found])):
-            return found
-        return max(bisect_left(column, n) for column, n in zip(self._columns, size, strict=True))
+        found, budgets = 0, len(self._budgets)
+        for column, n in zip(self._columns, size, strict=True):
+            if column[found] < n:
+                found = bisect_left(column, n, found)
+                if found == budgets:
+                    break
+        return found
 
     def _pack(self, pieces: Sequence[Piece], eager: bool) -> Pack:
         grids = self.batch([piece.grid for piece in pieces])
