@@ -94,6 +94,15 @@ def test_new_and_known_combinations_give_what_the_padded_forward_gives(family: s
     assert stats.host_metadata == 0
 
 
+def test_every_item_counts_as_found_or_not() -> None:
+    encoder = played()
+    first, second = [Grid(1, 4, 6), Grid(1, 2, 2)], [Grid(1, 4, 6), Grid(1, 8, 2), Grid(1, 2, 2)]
+    for batch in (first, first, second, first):
+        encoder.encode_patches(rows_of(encoder, batch), batch)
+    stats = encoder.stats
+    assert (stats.metadata_misses, stats.metadata_hits) == (3, 6)
+
+
 @pytest.mark.parametrize(
     "given",
     [

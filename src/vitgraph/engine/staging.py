@@ -67,11 +67,8 @@ class Staging:
             yield grid
 
     def holds(self, buffers: StaticBuffers, pack: Pack) -> bool:
-        """Whether the pack's metadata lies in the buffers already; then its items count as found."""
-        found = buffers.arena.holds is pack and self.metadata_is_only_read
-        if found:
-            self.grids.count_hits(len(pack.grids))
-        return found
+        """Whether the pack's metadata lies in the buffers already."""
+        return buffers.arena.holds is pack and self.metadata_is_only_read
 
     def request(
         self,
@@ -91,7 +88,9 @@ class Staging:
             stream: the current stream.
         """
         places: Sequence[int] = ()
-        if not self.holds(buffers, pack):
+        if self.holds(buffers, pack):
+            self.grids.count_hits(len(pack.grids))
+        else:
             places = self._places(intake.composer, buffers, pack, stream)
         if len(pixels) == 1 and (rows := intake.rows_of(pixels[0])):
             return Request(places, *rows)
@@ -121,7 +120,9 @@ class Staging:
         if NOWHERE not in places:
             self.grids.count_hits(len(places))
             return places
+        before = self.grids.lookups
         if composer.learn(known, self.grids.get_all):
+            self.grids.count_hits(len(known) - (self.grids.lookups - before))
             return [own.place for own in known]
         if not self._told:
             self._told = True
@@ -142,11 +143,12 @@ class Staging:
             pixels: of its pieces, in row order.
             stream: the current stream on CUDA.
         """
-        if not self.holds(buffers, pack):
+        if self.holds(buffers, pack):
+            self.grids.count_hits(len(pack.grids))
+            self._bring_rows(buffers, pixels, stream)
+        else:
             self.fill(buffers, pack.grids, pixels, stream)
             buffers.arena.holds = pack
-        else:
-            self._bring_rows(buffers, pixels, stream)
 
     def _bring_rows(
         self, buffers: StaticBuffers, pixels: Sequence[PieceRows], stream: torch.cuda.Stream | None
