@@ -10,13 +10,17 @@ import random
 import pytest
 import torch
 
+from attention_cases import interpreted_loops
 from composing import Composing, check
 from families import awkward_grids, make
 from vitgraph.core import Grid, sum_counts
 from vitgraph.models.registry import families
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel is compiled here")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel is compiled here"),
+    interpreted_loops,
+]
 
 CPU = torch.device("cpu")
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from attention_cases import interpreted_loops
 from families import awkward_grids
 from vitgraph import EncoderConfig, VisionEncoder
 from vitgraph.core import Grid
@@ -20,7 +21,10 @@ from vitgraph.engine.graph import CapturedGraph
 from vitgraph.engine.intake import Intake
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled here")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled here"),
+    interpreted_loops,
+]
 
 BUDGETS = (64, 192)
 

@@ -21,6 +21,7 @@ def _fetch_kernel(
     word = tl.arange(0, BLOCK)
     entry = ring_ptr + (number % ENTRIES) * WORDS
     tl.store(request_ptr + word, tl.load(entry + word, mask=word < WORDS, volatile=True), mask=word < WORDS)
+    tl.debug_barrier()  # no warp may find the next number instead
     tl.store(next_ptr, number + 1)
     tl.store(read_ptr, number + 1)
 

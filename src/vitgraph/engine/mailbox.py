@@ -20,7 +20,7 @@ HEAD = 6
 """Words before the places: how many places, the code of the pixel rows' dtype, their address, how many elements."""
 
 WORD = 4
-PAUSE_SECONDS = 20e-6
+PAUSE_SECONDS, MOST_SECONDS = 20e-6, 10.0
 
 
 class Request(NamedTuple):
@@ -74,9 +74,10 @@ class Mailbox:
         self.posted = self._seen = 0
 
     def __del__(self) -> None:
-        # Pinned memory goes to others at once, and replays that were launched may still have to read it.
+        # Pinned memory goes to others at once, and replays that were launched still read it and write counts there.
         with suppress(Exception):
-            while self._read[0] < self.posted:
+            end = time.monotonic() + MOST_SECONDS
+            while self._copied[0] < self.posted and time.monotonic() < end:
                 self._pause()
 
     @property
