@@ -214,6 +214,17 @@ def test_a_wheel_that_cannot_be_imported_says_so(monkeypatch, caplog) -> None:
     assert "cannot be imported" in caplog.text
 
 
+def test_kernels_are_kept_where_they_can_be(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(flash.os, "environ", {})
+    (tmp_path / "file").touch()
+    flash._keep_fa4_kernels(tmp_path / "file" / "kernels")
+    assert flash.os.environ == {}
+    flash._keep_fa4_kernels(tmp_path / "kernels")
+    assert flash.os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"] == str(tmp_path / "kernels")
+    flash._keep_fa4_kernels(tmp_path / "others")
+    assert flash.os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"] == str(tmp_path / "kernels"), "set by someone"
+
+
 @pytest.mark.parametrize("name", ["fa3", "fa4"])
 def test_flash_wheels_that_are_not_here_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=f"attention='{name}' needs CUDA"):

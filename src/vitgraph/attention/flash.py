@@ -15,6 +15,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -93,14 +94,24 @@ class Fa4Attention:
 @cache
 def _fa4_import_error() -> str:
     """Why the package cannot be imported; empty when it is, which takes seconds. What it compiles is kept on disk."""
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(cache_folder() / "flash_attention_4"))
+    _keep_fa4_kernels(cache_folder() / "flash_attention_4")
     try:
         import_module("flash_attn.cute.interface")
     except Exception as error:  # its own dependencies may fail in any way
         logger.warning("FlashAttention-4 is installed and cannot be imported: %s", error)
         return f"importing flash-attn-4 failed: {error}"
     return ""
+
+
+def _keep_fa4_kernels(folder: Path) -> None:
+    """Asks the package, before it is imported, to keep what it compiles in the folder; not where nobody may write."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    if os.access(folder, os.W_OK):
+        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(folder))
 
 
 @cache
