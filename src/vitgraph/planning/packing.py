@@ -49,7 +49,6 @@ class Planner:
         self._rule, self._budgets = rule, budgets
         self._kinds = tuple(budgets[-1].capacity) if budgets else ()
         self._columns = [[budget.capacity[kind] for budget in budgets] for kind in self._kinds]
-        self._capacities = [tuple(budget.capacity[kind] for kind in self._kinds) for budget in budgets]
         self._rows = self._kinds.index("patch") if budgets else 0
         at = self._kinds.index
         self._sets = [(at(rows), at(segments)) for rows, segments in rule.segment_sets] if budgets else []
@@ -67,8 +66,8 @@ class Planner:
         self._cost = cost
         self._prices = Prices(cost, self._columns, self._rows, self._sets)
         sets = len(self._rule.load_sets)
-        loads = [sets * float(budget[self._rows]) ** 2 for budget in self._capacities]
-        self._settled = [cost.is_settled(budget, load, EAGER_MARGIN) for budget, load in enumerate(loads)]
+        most = [sets * float(rows) ** 2 for rows in cost.rows]
+        self._settled = [cost.is_settled(budget, load, EAGER_MARGIN) for budget, load in enumerate(most)]
         self._plans.clear()
 
     def plan(self, grids: Sequence[Grid], split: bool = True, eager: bool = True) -> list[Pack]:
