@@ -71,7 +71,7 @@ class Mailbox:
         self._bytes, self._entry = self.ring.numpy().data.cast("B"), words * WORD
         self._read, self._copied = self.read.numpy().data, self.copied.numpy().data
         self._check = check
-        self.posted = self._seen = 0
+        self.posted = 0
 
     def __del__(self) -> None:
         # Pinned memory goes to others at once, and replays that were launched still read it and write counts there.
@@ -92,8 +92,8 @@ class Mailbox:
             request: its places are at most `most_places`.
         """
         # One entry less than there are: the one that was counted last may still be being read.
-        if self.posted - self._seen >= ENTRIES - 1:
-            self._wait()
+        while self.posted - self._read[0] >= ENTRIES - 1:
+            self._pause()
         places = request.places
         items = len(places)
         _layout(items).pack_into(
@@ -108,15 +108,8 @@ class Mailbox:
 
     def wait_until_copied(self, number: int) -> None:
         """Until the pixel rows of the first `number` requests have been copied: their memory may be written again."""
-        copied = self._copied
-        while copied[0] < number:
+        while self._copied[0] < number:
             self._pause()
-
-    def _wait(self) -> None:
-        self._seen = self._read[0]
-        while self.posted - self._seen >= ENTRIES - 1:
-            self._pause()
-            self._seen = self._read[0]
 
     def _pause(self) -> None:
         self._check()
