@@ -177,9 +177,7 @@ class Engine:
             rows, grids, mode: see `run`.
             key: under which `embed_again` will find what is prepared here; default: the grids in a tuple.
         """
-        if key is None:
-            key = grids if isinstance(grids, tuple) else tuple(grids)
-        packs = self._run(rows, grids, mode, key)
+        packs = self._run(rows, grids, mode, tuple(grids) if key is None else key)
         return embeddings_of(packs, grids, self.planner.counts)
 
     def embed_again(self, key: Hashable, rows: Tensor) -> list[VisionEmbedding] | None:
