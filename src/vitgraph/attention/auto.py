@@ -113,7 +113,7 @@ class AutoAttention:
         calls: dict[str, Callable[[], object]] = {
             backend.name: partial(backend, q, k, v, segments, head_dim**-0.5) for backend in (self.own, *self.others)
         }
-        times = self._burst_times(calls)
+        times = self._burst_times(calls, f"{heads} heads of {head_dim}")
         best = min(times.values())
         close = [name for name, time in times.items() if time <= CLOSE * best]
         if best < LONG_US or len(close) == 1:
@@ -122,8 +122,8 @@ class AutoAttention:
         slower = min(loaded.values()) / best
         return {name: loaded.get(name, time * slower) for name, time in times.items()}
 
-    def _burst_times(self, calls: dict[str, Callable[[], object]]) -> dict[str, float]:
-        """Microseconds by backend, without those that cannot run."""
+    def _burst_times(self, calls: dict[str, Callable[[], object]], what: str) -> dict[str, float]:
+        """Microseconds by backend, without those that cannot run `what`."""
         times: dict[str, float] = {}
         running = list(calls)
         for _ in range(2):
@@ -133,7 +133,7 @@ class AutoAttention:
                 except Exception as error:  # a third-party kernel may refuse a shape in any way
                     if name == self.own.name:
                         raise
-                    logger.warning("attention %s cannot run here: %s", name, error)
+                    logger.warning("attention %s cannot run %s: %s", name, what, error)
                     running.remove(name)
                 else:
                     times[name] = min(time, times.get(name, time))
