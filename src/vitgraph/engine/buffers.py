@@ -258,11 +258,9 @@ class Arena:
         slot.wait()
         return slot
 
-    def make_slots(self) -> list[StagingSlot]:
-        """Both host copies, allocated now: pinning takes milliseconds."""
-        slots = [slot or self._new_slot() for slot in self._slots]
-        self._slots = [*slots]
-        return slots
+    def make_slots(self) -> None:
+        """Allocates both host copies now: pinning takes milliseconds."""
+        self._slots = [slot or self._new_slot() for slot in self._slots]
 
     def _new_slot(self) -> StagingSlot:
         return StagingSlot(self._nbytes, self._shape, self._dtype, self.device)
