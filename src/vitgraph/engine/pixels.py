@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -29,14 +30,12 @@ def copy_rows(
             called before the caller gets control back.
         stream: the current stream on CUDA, or None to look it up.
     """
-    row = 0
     from_host: list[tuple[int, Tensor]] = []
-    for run in _adjacent(pieces):
+    for row, run in _runs(pieces):
         if run.device == target.device:
             target.narrow(0, row, run.shape[0]).copy_(run, non_blocking=True)
         else:
             from_host.append((row, run))
-        row += run.shape[0]
     if from_host:
         assert slot is not None, "rows on the host need a staging slot"
         landing = slot.send(from_host, stream)
@@ -49,17 +48,21 @@ def land_rows(pieces: Sequence[PieceRows], slot: StagingSlot, stream: torch.cuda
     """Sends pieces to the device, none of which lie there.
 
     Args:
-        pieces, slot, stream: see `copy_rows`.
+        pieces: in row order; at least one.
+        slot, stream: see `copy_rows`.
 
     Returns:
         `[P, patch_width]` on the device, the pieces one after another.
     """
-    row = 0
-    runs: list[tuple[int, Tensor]] = []
-    for run in _adjacent(pieces):
-        runs.append((row, run))
-        row += run.shape[0]
-    return slot.send(runs, stream).narrow(0, 0, row)
+    runs = _runs(pieces)
+    row, last = runs[-1]
+    return slot.send(runs, stream).narrow(0, 0, row + last.shape[0])
+
+
+def _runs(pieces: Sequence[PieceRows]) -> list[tuple[int, Tensor]]:
+    """Adjacent pieces as one, and the row that each such run begins at."""
+    runs = _adjacent(pieces)
+    return list(zip(accumulate((run.shape[0] for run in runs), initial=0), runs, strict=False))
 
 
 def _adjacent(pieces: Sequence[PieceRows]) -> list[Tensor]:
