@@ -54,6 +54,9 @@ def test_counters_tell_what_ran() -> None:
     encoder.encode_patches(rows_of(encoder, GRIDS), GRIDS)
     assert encoder.stats.metadata_hits == 4
     assert stats.items == 4, "a snapshot does not move"
+    written = encoder.stats.host_metadata
+    encoder.engine.stage(0, GRIDS[:1])
+    assert encoder.stats.host_metadata == written, "what is staged to be timed is no pack"
 
 
 @pytest.mark.parametrize(

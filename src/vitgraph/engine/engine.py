@@ -216,7 +216,7 @@ class Engine:
         """Fills a budget's static metadata for items of these grids, which must fit it. Pixel rows stay as they are."""
         with self._lock, self._guard():
             stream = self._order.enter()
-            self.staging.fill(self.ladder.static(budget), grids, [], stream)
+            self.staging.write(self.ladder.static(budget), grids, [], stream)
             self._order.leave(stream)
 
     @torch.no_grad()

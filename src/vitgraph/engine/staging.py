@@ -182,19 +182,29 @@ class Staging:
         pixels: Sequence[PieceRows],
         stream: torch.cuda.Stream | None = None,
     ) -> None:
-        """The pixel rows, then one small transfer for all metadata, in stream order.
+        """The pixel rows, then one small transfer for all metadata, in stream order, for a pack that runs now.
 
         Args:
             buffers: to fill.
             grids, pixels: of the pieces, in row order.
             stream: the current stream, or None to look it up.
         """
+        self.written_on_host += 1
+        self.write(buffers, grids, pixels, stream)
+
+    def write(
+        self,
+        buffers: StaticBuffers,
+        grids: Sequence[Grid],
+        pixels: Sequence[PieceRows],
+        stream: torch.cuda.Stream | None = None,
+    ) -> None:
+        """As `fill`, for a replay that is no pack of a caller's."""
         slot = buffers.arena.next_slot()
         buffers.arena.holds = None
         self._copy_rows(buffers.inputs.pixel_values, pixels, slot, stream)
         staged, arrays = slot.part(buffers.layout)
         buffers.layout.write(arrays, self.grids.get_all(grids))
-        self.written_on_host += 1
         buffers.block.copy_(staged, non_blocking=True)
         slot.record(stream)
 

@@ -29,8 +29,8 @@ class Stats:
         fallbacks: eager packs by reason.
         split_items: clips cut between frames because no budget held them whole.
         metadata_hits, metadata_misses: lookups of the per-grid metadata cache.
-        host_metadata: packs whose metadata the host wrote because no device composes it: all on the CPU, and packs of
-            exactly their own size.
+        host_metadata: packs whose metadata the host wrote, not their graph: all without a graph or without Triton, and
+            those whose parts find no room on the device.
         captured_graphs: graphs held.
         graph_bytes: device memory of the graphs' shared pool.
         static_bytes: device memory of the static buffers.
