@@ -1,4 +1,4 @@
-"""How packs reach a graph: every graph begins by reading a request, composing the metadata and copying the pixel rows.
+"""How packs reach a graph: every graph begins by reading a request, copying the pixel rows and composing the metadata.
 
 So the host launches one graph per pack and nothing else, where the pixel rows lie on the device.
 """

@@ -1,4 +1,4 @@
-"""The first and the last thing that a graph does before its forward: it reads a request, and copies its pixel rows."""
+"""The first two things that a graph does: it reads a request, and copies its pixel rows."""
 
 from __future__ import annotations
 
