@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from vitgraph.core import Pack
+from vitgraph.core import Grids, Pack
 from vitgraph.engine.buffers import StaticBuffers
 from vitgraph.engine.graph import CapturedGraph
-from vitgraph.engine.results import Span
+from vitgraph.engine.results import Span, spans_of
 from vitgraph.planning.cost import CostModel
 
 MOST_PREPARED = 1024
@@ -27,7 +28,6 @@ class PreparedReplay:
         buffers: of its budget.
         shape: of the pixel rows, `[P, patch_width]`.
         outputs: static, each `[levels, rows, width]`, narrowed to the pack's rows.
-        spans: its items, in order, in the first output.
         graph: what is replayed; None without a graph.
         long: whether that is the budget's second graph.
         cost: the model that chose the pack.
@@ -38,10 +38,16 @@ class PreparedReplay:
     buffers: StaticBuffers
     shape: torch.Size
     outputs: tuple[Tensor, ...]
-    spans: tuple[Span, ...]
     graph: CapturedGraph | None
     long: bool
     cost: CostModel
+
+    @cached_property
+    def spans(self) -> tuple[Span, ...]:
+        """Its items, in order, in the first output. Made when the batch comes again: most never do."""
+        assert isinstance(self.pack.grids, Grids), "packs of whole items come from the planner"
+        rows = {own.grid: own.counts["token"] for own in self.pack.grids.known}
+        return spans_of(self.pack.grids, rows.__getitem__)
 
 
 class PreparedReplays:

@@ -18,7 +18,7 @@ from vitgraph.engine.ladder import WAITING, Ladder
 from vitgraph.engine.order import RunOrder
 from vitgraph.engine.pixels import PieceRows
 from vitgraph.engine.prepared import PreparedReplay
-from vitgraph.engine.results import Outputs, spans_of
+from vitgraph.engine.results import Outputs
 from vitgraph.engine.staging import Staging
 from vitgraph.engine.stats import Counters
 from vitgraph.models.contract import TowerBuffers, TowerSpec
@@ -126,7 +126,6 @@ class PackRunner:
             buffers=buffers,
             shape=torch.Size((pack.counts["patch"], self._spec.patch_width)),
             outputs=self._filled(buffers, pack),
-            spans=spans_of(pack.grids, lambda grid: planner.counts(grid)["token"]),
             graph=graph,
             long=long,
             cost=planner.cost,
@@ -156,7 +155,7 @@ class PackRunner:
         finally:
             self._order.leave(stream)
             self._staging.return_rows()
-        self._counters.prepared(len(prepared.spans), pack.counts["token"], prepared.tokens, prepared.graph is not None)
+        self._counters.prepared(len(pack.grids), pack.counts["token"], prepared.tokens, prepared.graph is not None)
         if self._verbose:
             _log(pack, prepared.tokens)
         return outputs
