@@ -14,7 +14,7 @@ from packing_rule import Rule
 from vitgraph.config import EncoderConfig
 from vitgraph.core import Grid, fits
 from vitgraph.planning.budgets import make_budgets
-from vitgraph.planning.cost import CostModel, are_long, load_of
+from vitgraph.planning.cost import CostModel, are_long, load_of, segments_are_long
 from vitgraph.planning.packing import EAGER_IS_FASTER, Planner
 from vitgraph.planning.search import Prices, best_fit, best_runs, greedy
 
@@ -123,6 +123,7 @@ def test_long_segments_are_told_from_counts() -> None:
     want = [False, True, True, False, True]
     assert are_long((rows, segments)).tolist() == want
     assert [bool(are_long((int(r), int(s)))) for r, s in zip(rows, segments, strict=True)] == want
+    assert [segments_are_long(int(r), int(s)) for r, s in zip(rows, segments, strict=True)] == want
     assert not are_long((9000, 1), (9000, 9)) and are_long()
 
 
