@@ -18,7 +18,8 @@ from vitgraph.core import Grid
 from vitgraph.engine import intake_triton
 from vitgraph.engine.compose import Composer
 from vitgraph.engine.graph import CapturedGraph
-from vitgraph.engine.intake import Intake
+from vitgraph.engine.intake import DTYPES, Intake
+from vitgraph.engine.mailbox import HEAD
 
 pytest.importorskip("triton")
 pytestmark = [
@@ -127,6 +128,36 @@ def test_rows_of_any_dtype_and_layout(given) -> None:
         assert same(encoder.encode_patches(x, grids), want)
     encoder.encode_patches(rows_of(encoder, [Grid(1, 8, 8)]), [Grid(1, 8, 8)])
     assert same(encoder.encode_patches(x, grids), want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("elements", [1, 8, 61, 64, 67, 130, 195])
+def test_rows_of_any_number_of_elements_are_copied_and_nothing_behind_them(
+    elements: int, dtype: torch.dtype, monkeypatch
+) -> None:
+    monkeypatch.setattr(intake_triton, "BLOCK", 64)
+    likes = [torch.zeros(8, dtype=like) for like in DTYPES]
+    rows = torch.randn(256).to(dtype)
+    out = torch.full((200,), -1.0)
+    request = torch.zeros(HEAD, dtype=torch.int32)
+    request[1] = DTYPES.index(dtype) + 1
+    request.view(torch.int64)[1:] = torch.tensor([rows.data_ptr(), elements])
+    intake_triton.copy_pixels(request, likes, out)
+    assert torch.equal(out[:elements], rows[:elements].float())
+    assert (out[elements:] == -1).all()
+
+
+def test_what_one_encoder_knows_of_a_batch_is_not_taken_from_another() -> None:
+    first, second = played(), played()
+    grids = [Grid(1, 4, 6), Grid(1, 2, 2)]
+    # Another order, and so other places on the device.
+    for batch in (grids[::-1], grids):
+        first.encode_patches(rows_of(first, batch), batch)
+    x = rows_of(second, grids)
+    want = second.encode_patches(x, grids, mode="padded")
+    (pack,) = first.plan(grids)
+    assert same(second.engine.embed(x, pack.grids), want)
+    assert pack.grids.known[0] is not second.engine.planner.batch(pack.grids).known[0]
 
 
 def test_batches_in_pieces_and_in_several_packs() -> None:
