@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import statistics
-import time
 
 import pytest
 import torch
@@ -26,7 +25,8 @@ MOST_SECONDS = 2.0
 TOLERANCE = 0.05
 MOST_OFF = 0.08
 """One plan in ten may be off by this: how the tiles of one large image and some small ones fill the GPU has steps."""
-REST_SECONDS = 0.5
+FIRST_RUNS, RUNS = 3, 5
+"""In the first runs after a pause the clock still falls, by up to a tenth: the model is measured under load."""
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +42,15 @@ def batches(count: int) -> list[list[Grid]]:
 
 
 def measured_us(encoder: VisionEncoder, packs) -> float:
-    """Device time of the plan's replays alone, as the model predicts it."""
+    """Device time of the plan's replays alone, under load, as the model predicts it."""
     total = 0.0
     for pack in packs:
         encoder.engine.stage(pack.budget, [piece.grid for piece in pack.pieces])
         long = encoder.engine.ladder.runs_long(pack.budget, pack.counts)
         replay = encoder.engine.captured(pack.budget, long).replay
-        total += statistics.median(elapsed(replay) for _ in range(3))
+        for _ in range(FIRST_RUNS):
+            replay()
+        total += elapsed(replay, RUNS)
     return total
 
 
@@ -65,9 +67,8 @@ def test_plans_take_what_the_model_predicts(encoder: VisionEncoder) -> None:
     encoder.engine._measure()
     planner = encoder.engine.planner
     ratios = {}
-    # In the order in which the model was measured and with rests: a GPU slows down under sustained load.
+    # In the order in which the model was measured: a GPU slows down with the size of what it does, too.
     for grids in sorted(batches(12), key=lambda grids: sum(grid.patches for grid in grids)):
-        time.sleep(REST_SECONDS)
         packs = planner.plan(grids, eager=False)
         ratios[str([grid.h for grid in grids])] = measured_us(encoder, packs) / planner.predicted(packs)
     clock = statistics.median(ratios.values())

@@ -21,9 +21,9 @@ LEAST_SHARE = 0.05
 """Least time of one replay as a share of the largest budget's."""
 
 USUAL_TOKENS, LARGE_TOKENS = 100, (441, 1024)
-SLOPE_POINTS, SLOPE_POINTS_OF_TWO = 14, 10
-"""Budgets whose slope is measured: fewer where there are two, which take twice as long."""
-NEAR = 2
+SLOPE_POINTS, LONG_POINTS = 14, 7
+"""Budgets whose slope is measured, and those among them where that of a second graph is, too: it changes less from one
+to the next, and takes twice as long."""
 EAGER_POINTS = 5
 EAGER_RUNS = 2
 
@@ -60,7 +60,8 @@ def measure_costs(
     """
     longest = timer.replay(captured[-1], usual_items(spec, budgets[captured[-1]]))
     order = _worth_timing(captured, [budget.tokens for budget in budgets], longest / 1e6, seconds)
-    probed = set(_spaced(order, SLOPE_POINTS_OF_TWO if any(map(timer.long, order)) else SLOPE_POINTS))
+    probed = _spaced(order, SLOPE_POINTS)
+    probed_long = _spaced(probed, LONG_POINTS)
     times: dict[int, float] = {}
     loads: dict[int, float] = {}
     slopes: dict[int, float] = {}
@@ -70,11 +71,14 @@ def measure_costs(
         grids = usual_items(spec, budgets[index])
         times[index], loads[index] = timer.replay(index, grids), _load(spec, grids)
         # At once, before the clock drifts: a slope is a small difference of two times.
-        found = _slopes(spec, budgets[index], index, times[index], loads[index], timer) if index in probed else None
-        if found:
-            slopes[index], long[index], beside[index] = found
-    # A slope is a small difference of two times: what it means for attention changes slowly with the size.
-    slopes = _smooth(slopes, NEAR, ends=True) or {order[0]: 0.0}
+        slope = _slope(spec, budgets[index], index, times[index], loads[index], timer) if index in probed else None
+        if slope is None:
+            continue
+        slopes[index] = slope
+        if index in probed_long:
+            fixed_time = times[index] - slope * loads[index]
+            long[index], beside[index] = _long_slope(spec, budgets[index], index, slope, fixed_time, timer)
+    slopes = slopes or {order[0]: 0.0}
     long, beside = _smooth(long), _smooth(beside)
     rows = np.array([budget.capacity["patch"] for budget in budgets])
     slope = _spread(rows, slopes)
@@ -176,12 +180,11 @@ def _load(spec: TowerSpec, grids: Sequence[Grid]) -> float:
     return sum(load_of(spec.counts(grid), spec.load_sets) for grid in grids)
 
 
-def _slopes(
+def _slope(
     spec: TowerSpec, budget: Budget, index: int, usual: float, usual_load: float, timer: Timer
-) -> tuple[float, float, float] | None:
-    """Microseconds per rows^2: large images against usual ones in the same budget. Then the same for its graph for
-    packs of one or of long segments, if it has one, and what that takes beside the fixed time. None where the budget
-    holds one usual image: nothing to learn.
+) -> float | None:
+    """Microseconds per rows^2: large images against usual ones in the same budget. None where it holds one usual image:
+    nothing to learn.
 
     Args:
         spec: of the tower.
@@ -189,39 +192,48 @@ def _slopes(
         usual, usual_load: time and load of usual images in it.
         timer: runs and times.
     """
+    grids = large_items(spec, budget)
+    more = _load(spec, grids) - usual_load
+    return max(timer.replay(index, grids) - usual, 0.0) / more if more > usual_load else None
+
+
+def _long_slope(
+    spec: TowerSpec, budget: Budget, index: int, slope: float, fixed: float, timer: Timer
+) -> tuple[float, float]:
+    """As `_slope`, for the budget's graph for packs of one or of long segments, if it has one, and what such packs take
+    beside the fixed time.
+
+    Args:
+        spec: of the tower.
+        budget, index: the budget.
+        slope, fixed: of its other graph.
+        timer: runs and times.
+    """
     grids, one = large_items(spec, budget), one_item(spec, budget)
-    large_load, one_load = _load(spec, grids), _load(spec, one)
-    more = large_load - usual_load
-    if more <= usual_load:
-        return None
-    slope = max(timer.replay(index, grids) - usual, 0.0) / more
     if not (timer.long(index) and one):
-        return slope, slope, 0.0
-    fixed = usual - slope * usual_load
+        return slope, 0.0
+    load, one_load = _load(spec, grids), _load(spec, one)
     alone = max(timer.replay(index, one, long=True) - fixed, 0.0)
-    if one_load > large_load and spec.is_long(sum_counts(map(spec.counts, grids))):
+    if one_load > load and spec.is_long(sum_counts(map(spec.counts, grids))):
         several = max(timer.replay(index, grids, long=True) - fixed, 0.0)
-        long = (alone - several) / (one_load - large_load)
-        beside = several - long * large_load
+        long = (alone - several) / (one_load - load)
+        beside = several - long * load
         if long > 0 and beside > 0:
-            return slope, long, beside
-    return slope, alone / one_load, 0.0
+            return long, beside
+    return alone / one_load, 0.0
 
 
-def _smooth(points: dict[int, float], near: int = 1, ends: bool = False) -> dict[int, float]:
-    """Each point replaced by the median of itself and as many neighbours on either side: how tiles fill the GPU at one
-    size says little about the sizes beside it.
+def _smooth(points: dict[int, float]) -> dict[int, float]:
+    """Each point between two others replaced by the median of the three: how tiles fill the GPU at one size says little
+    about the sizes beside it.
 
     Args:
         points: by budget.
-        near: most neighbours on a side; where one side has fewer, the other counts as few.
-        ends: both sides count as many as they have, so that the outermost points are replaced, too.
     """
     ordered = sorted(points)
-    found = {}
-    for at, index in enumerate(ordered):
-        few = near if ends else min(near, at, len(ordered) - 1 - at)
-        found[index] = median(points[i] for i in ordered[max(at - few, 0) : at + few + 1])
+    found = dict(points)
+    for before, index, after in zip(ordered, ordered[1:], ordered[2:], strict=False):
+        found[index] = median((points[before], points[index], points[after]))
     return found
 
 
