@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from math import isqrt
-from statistics import median
 from typing import Protocol
 
 import numpy as np
@@ -15,15 +14,14 @@ from vitgraph.models.contract import TowerSpec
 from vitgraph.planning.budgets import Budget
 from vitgraph.planning.cost import CostModel, load_of
 
-SECONDS = 0.7
+SECONDS = 0.6
 """Time for replays; eager runs and the attention's slope take a little more."""
 LEAST_SHARE = 0.05
 """Least time of one replay as a share of the largest budget's."""
 
 USUAL_TOKENS, LARGE_TOKENS = 100, (441, 1024)
 SLOPE_POINTS, LONG_POINTS = 14, 7
-"""Budgets whose slope is measured, and those among them where that of a second graph is, too: it changes less from one
-to the next, and takes twice as long."""
+"""Budgets whose slope is measured, and those among them where that of a second graph is, too, which takes longer."""
 EAGER_POINTS = 5
 EAGER_RUNS = 2
 
@@ -71,15 +69,14 @@ def measure_costs(
         grids = usual_items(spec, budgets[index])
         times[index], loads[index] = timer.replay(index, grids), _load(spec, grids)
         # At once, before the clock drifts: a slope is a small difference of two times.
-        slope = _slope(spec, budgets[index], index, times[index], loads[index], timer) if index in probed else None
-        if slope is None:
+        found = _slope(spec, budgets[index], index, times[index], loads[index], timer) if index in probed else None
+        if found is None:
             continue
-        slopes[index] = slope
+        slopes[index] = found
         if index in probed_long:
-            fixed_time = times[index] - slope * loads[index]
-            long[index], beside[index] = _long_slope(spec, budgets[index], index, slope, fixed_time, timer)
+            rest = times[index] - found * loads[index]
+            long[index], beside[index] = _long_slope(spec, budgets[index], index, found, rest, timer)
     slopes = slopes or {order[0]: 0.0}
-    long, beside = _smooth(long), _smooth(beside)
     rows = np.array([budget.capacity["patch"] for budget in budgets])
     slope = _spread(rows, slopes)
     fixed = _spread(rows, {i: max(times[i] - slope[i] * loads[i], 0.0) for i in times})
@@ -155,6 +152,12 @@ def large_items(spec: TowerSpec, budget: Budget) -> list[Grid]:
     return usual_items(spec, budget, max(fitting)) if fitting else one_item(spec, budget)
 
 
+def long_items(spec: TowerSpec, budget: Budget) -> list[Grid]:
+    """Equal images of at least as many tokens as the largest of LARGE_TOKENS, as many as the budget holds."""
+    count = max(budget.tokens // LARGE_TOKENS[-1], 1)
+    return usual_items(spec, budget, budget.tokens // count)[:count]
+
+
 def one_item(spec: TowerSpec, budget: Budget) -> list[Grid]:
     """The largest near-square image that the budget holds."""
     grid = _image(spec, budget.tokens)
@@ -180,9 +183,7 @@ def _load(spec: TowerSpec, grids: Sequence[Grid]) -> float:
     return sum(load_of(spec.counts(grid), spec.load_sets) for grid in grids)
 
 
-def _slope(
-    spec: TowerSpec, budget: Budget, index: int, usual: float, usual_load: float, timer: Timer
-) -> float | None:
+def _slope(spec: TowerSpec, budget: Budget, index: int, usual: float, usual_load: float, timer: Timer) -> float | None:
     """Microseconds per rows^2: large images against usual ones in the same budget. None where it holds one usual image:
     nothing to learn.
 
@@ -209,32 +210,18 @@ def _long_slope(
         slope, fixed: of its other graph.
         timer: runs and times.
     """
-    grids, one = large_items(spec, budget), one_item(spec, budget)
+    grids, one = long_items(spec, budget), one_item(spec, budget)
     if not (timer.long(index) and one):
         return slope, 0.0
     load, one_load = _load(spec, grids), _load(spec, one)
     alone = max(timer.replay(index, one, long=True) - fixed, 0.0)
-    if one_load > load and spec.is_long(sum_counts(map(spec.counts, grids))):
-        several = max(timer.replay(index, grids, long=True) - fixed, 0.0)
-        long = (alone - several) / (one_load - load)
-        beside = several - long * load
-        if long > 0 and beside > 0:
-            return long, beside
-    return alone / one_load, 0.0
-
-
-def _smooth(points: dict[int, float]) -> dict[int, float]:
-    """Each point between two others replaced by the median of the three: how tiles fill the GPU at one size says little
-    about the sizes beside it.
-
-    Args:
-        points: by budget.
-    """
-    ordered = sorted(points)
-    found = dict(points)
-    for before, index, after in zip(ordered, ordered[1:], ordered[2:], strict=False):
-        found[index] = median((points[before], points[index], points[after]))
-    return found
+    if len(grids) < 2 or one_load <= load or not spec.is_long(sum_counts(map(spec.counts, grids))):
+        return alone / one_load, 0.0
+    several = max(timer.replay(index, grids, long=True) - fixed, 0.0)
+    long = (alone - several) / (one_load - load)
+    beside = several - long * load
+    # A line through both, or where that would be none of a cost, one through zero and between them.
+    return (long, beside) if long > 0 and beside > 0 else ((alone + several) / (one_load + load), 0.0)
 
 
 def _eager_curve(

@@ -13,7 +13,7 @@ from vitgraph.core import Grid
 from vitgraph.engine.graph import CapturedGraph
 from vitgraph.engine.ladder import Ladder
 
-ENOUGH_US = 2000.0
+ENOUGH_US = 6000.0
 MOST_RUNS = 5
 LEAD_CYCLES = 2_000_000
 """Of the GPU's clock, about a millisecond."""
@@ -43,7 +43,7 @@ class EngineTimer:
         return budget in self._engine.ladder.long
 
     def replay(self, budget: int, grids: Sequence[Grid], long: bool = False) -> float:
-        """Microseconds of one replay on the device: a long one runs once, of short ones a few in a row."""
+        """Microseconds of one replay on the device: a long one runs once, short ones once more, a few in a row."""
         self._engine.stage(budget, grids)
         graph = self._engine.captured(budget, long)
         # Meanwhile the host gets ahead; the first launch of a graph also uploads it.
