@@ -32,8 +32,8 @@ def pieces_of(x: Tensor) -> list[Tensor]:
 
 def test_pieces_land_one_after_another_in_as_few_runs_as_their_memory_allows() -> None:
     pieces, slot = pieces_of(torch.randn(6, WIDTH)), Slot(11)
-    landed = land_rows(pieces, slot, None)  # type: ignore[arg-type]
-    assert torch.equal(landed, torch.cat(pieces))
+    landing, filled = land_rows(pieces, slot, None)  # type: ignore[arg-type]
+    assert torch.equal(landing[:filled], torch.cat(pieces))
     assert slot.runs == [4, 2, 2]
     assert (slot.landing[8:] == -1).all()
 

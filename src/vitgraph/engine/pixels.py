@@ -44,7 +44,7 @@ def copy_rows(
             target[rows].copy_(landing[rows], non_blocking=True)
 
 
-def land_rows(pieces: Sequence[PieceRows], slot: StagingSlot, stream: torch.cuda.Stream | None) -> Tensor:
+def land_rows(pieces: Sequence[PieceRows], slot: StagingSlot, stream: torch.cuda.Stream | None) -> tuple[Tensor, int]:
     """Sends pieces to the device, none of which lie there.
 
     Args:
@@ -52,11 +52,11 @@ def land_rows(pieces: Sequence[PieceRows], slot: StagingSlot, stream: torch.cuda
         slot, stream: see `copy_rows`.
 
     Returns:
-        `[P, patch_width]` on the device, the pieces one after another.
+        Rows on the device that begin with the pieces, one after another, and how many rows these are.
     """
     runs = _runs(pieces)
     row, last = runs[-1]
-    return slot.send(runs, stream).narrow(0, 0, row + last.shape[0])
+    return slot.send(runs, stream), row + last.shape[0]
 
 
 def _runs(pieces: Sequence[PieceRows]) -> list[tuple[int, Tensor]]:

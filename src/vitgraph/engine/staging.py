@@ -96,8 +96,10 @@ class Staging:
             return Request(places, *rows)
         if all(rows.device != self._device for rows in pixels):
             self._sent = slot = buffers.arena.next_slot()
-            if landed := intake.rows_of(land_rows(pixels, slot, stream)):
-                return Request(places, *landed)
+            landing, filled = land_rows(pixels, slot, stream)
+            if landed := intake.rows_of(landing):
+                dtype, address, _ = landed
+                return Request(places, dtype, address, filled * landing.shape[1])
         self._bring_rows(buffers, pixels, stream)
         return Request(places)
 
