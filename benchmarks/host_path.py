@@ -174,10 +174,11 @@ def main() -> None:
         for graphs in (encoder.engine.ladder.graphs, encoder.engine.ladder.long):
             for index, graph in list(graphs.items()):
                 graphs[index] = replace(graph, graph=Watched(graph.graph, launches))  # type: ignore[arg-type]
-        lines = [line(encoder, launches, n, "device", False, gpu) for n in ITEMS for gpu in IN_FLIGHT]
+        kinds = [(n, "device", fresh) for fresh in (False, True) for n in ITEMS]
+        lines = [line(encoder, launches, *kind, gpu) for kind in kinds for gpu in IN_FLIGHT]
         # What is staged waits for its slot: two calls may be in flight, no more.
-        kinds = [(n, "device", True) for n in ITEMS] + [(HOST_ITEMS, place, False) for place in PLACES[1:]]
-        lines += [line(encoder, launches, *kind, gpu) for kind in kinds for gpu in ("idle", "busy")]
+        staged = [(HOST_ITEMS, place, False) for place in PLACES[1:]]
+        lines += [line(encoder, launches, *kind, gpu) for kind in staged for gpu in ("idle", "busy")]
     for r in lines:
         print(
             f"{r['items']:3} items, {r['batch']:5} batch, pixels {r['pixels']:8} gpu {r['gpu']:6}  "

@@ -54,7 +54,7 @@ class Composing:
         known = [self.known(grid) for grid in grids]
         if not self.composer.learn(known, self.plans.get_all):
             return None
-        places = [own.place for own in known]
+        places = np.frombuffer(b"".join([own.place for own in known]), np.int32)
         request = [len(places), *[0] * (HEAD - 1), *places]
         counts = torch.zeros(2, dtype=torch.int64, device=self.block.device)
         on_device = torch.tensor(request, dtype=torch.int32, device=self.block.device)

@@ -6,10 +6,11 @@ H heads, Dh head dim, D hidden width, C output width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +19,7 @@ Counts = Mapping[str, int]
 """How many rows of each kind ("patch", "token", "item", "segment", "window", ...) something has or holds."""
 
 
-NOWHERE = -1
+NOWHERE = b""
 
 
 class Grid(NamedTuple):
@@ -56,44 +57,85 @@ class KnownGrid:
         counts: rows of each kind that an item of it fills.
         size: the same, in the planner's order of kinds.
         load: of its attention, see `CostModel`.
-        place: where its part of the metadata lies on the device, or NOWHERE.
+        place: where its part of the metadata lies on the device, an int32 as requests hold it, or NOWHERE.
+        digits: the size as one number, so that sizes are summed as fast as numbers are; see `size_of`.
     """
 
     grid: Grid
     counts: Counts
     size: tuple[int, ...] = ()
     load: float = 0.0
-    place: int = NOWHERE
+    place: bytes = NOWHERE
+    digits: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.digits = int.from_bytes(_digits(len(self.size)).pack(*self.size), "little")
 
 
-class Grids(tuple[Grid, ...]):
-    """Grids of the items of a batch or a pack, and what is known of each.
+@cache
+def _digits(kinds: int) -> struct.Struct:
+    """Sizes as digits to the base of 2^64, which no sum of rows reaches."""
+    return struct.Struct(f"<{kinds}Q")
 
-    Attributes:
+
+def size_of(digits: int, kinds: int) -> tuple[int, ...]:
+    """The size that a number stands for.
+
+    Args:
+        digits: of a `KnownGrid`, or the sum of several.
+        kinds: how many a size has.
+    """
+    layout = _digits(kinds)
+    return layout.unpack(digits.to_bytes(layout.size, "little"))
+
+
+class Grids(Sequence[Grid]):
+    """Grids of the items of a batch or a pack, and what is known of each. Equal to a tuple of the same grids.
+
+    Args:
         known: per item.
         owner: who knows them. What one planner knows is of no use to another.
-        size: of all items together.
-        load: likewise.
+
+    Attributes:
+        size: of all items together; empty without items.
     """
 
-    known: list[KnownGrid]
-    owner: object
-
-    @classmethod
-    def of(cls, known: list[KnownGrid], owner: object) -> Grids:
-        made = cls([own.grid for own in known])
-        made.known, made.owner = known, owner
-        return made
-
-    @cached_property
-    def size(self) -> tuple[int, ...]:
-        if len(self.known) == 1:
-            return self.known[0].size
-        return tuple(map(sum, zip(*[own.size for own in self.known], strict=True)))
+    def __init__(self, known: list[KnownGrid], owner: object) -> None:
+        self.known, self.owner = known, owner
+        self.size = size_of(sum([own.digits for own in known]), len(known[0].size)) if known else ()
 
     @cached_property
     def load(self) -> float:
+        """Of all items together."""
         return sum([own.load for own in self.known])
+
+    @cached_property
+    def _grids(self) -> tuple[Grid, ...]:
+        return tuple([own.grid for own in self.known])
+
+    def __len__(self) -> int:
+        return len(self.known)
+
+    def __iter__(self) -> Iterator[Grid]:
+        return iter(self._grids)
+
+    @overload
+    def __getitem__(self, index: int) -> Grid: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Grid, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> Grid | tuple[Grid, ...]:
+        return self._grids[index]
+
+    def __eq__(self, other: object) -> bool:
+        return self._grids == (other._grids if isinstance(other, Grids) else other)
+
+    def __hash__(self) -> int:
+        return hash(self._grids)
+
+    def __repr__(self) -> str:
+        return f"Grids({self._grids!r})"
 
 
 @dataclass(frozen=True)
@@ -137,7 +179,7 @@ class Pack:
             return self.__dict__.setdefault(name, tuple(map(Piece, range(len(self.grids)), self.grids)))
 
     @cached_property
-    def grids(self) -> tuple[Grid, ...]:
+    def grids(self) -> Sequence[Grid]:
         """Grids of the pieces."""
         return tuple(piece.grid for piece in self.pieces)
 

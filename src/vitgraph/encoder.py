@@ -287,7 +287,7 @@ class VisionEncoder:
 
     def _batch(self, known: list[KnownGrid]) -> Grids:
         # What an earlier planner of the same engine knew is as good.
-        return Grids.of(known, self.engine.planner)
+        return Grids(known, self.engine.planner)
 
     def _know(self, grid: Sequence[int]) -> KnownGrid:
         key = tuple(grid)

@@ -93,7 +93,7 @@ def test_new_and_known_combinations_give_what_the_padded_forward_gives(family: s
         x = rows_of(encoder, batch, number)
         assert same(encoder.encode_patches(x, batch), reference.encode_patches(x, batch, mode="padded"))
     mailbox = encoder.engine.ladder.static(0).arena.intake.mailbox
-    assert int(mailbox.copied) == int(mailbox.read) == mailbox.posted
+    assert int(mailbox.copied) == mailbox.posted
     stats = encoder.stats
     assert stats.graph_replays >= 5
     assert stats.host_metadata == 0

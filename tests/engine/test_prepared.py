@@ -9,7 +9,7 @@ import torch
 
 from vitgraph import EncoderConfig, VisionEncoder
 from vitgraph.core import Grid
-from vitgraph.engine import runner
+from vitgraph.engine.engine import Engine
 from vitgraph.engine.prepared import PreparedReplays
 from vitgraph.errors import EngineReleasedError, PatchError
 from vitgraph.planning.packing import Planner
@@ -30,14 +30,17 @@ def rows_of(encoder: VisionEncoder, grids: list, seed: int = 0) -> torch.Tensor:
 
 @pytest.fixture
 def replays(monkeypatch) -> list:
-    """The prepared replays that ran."""
+    """The replays that ran again, as they were prepared."""
     ran: list = []
-    replay = runner.PackRunner.replay
-    monkeypatch.setattr(
-        runner.PackRunner,
-        "replay",
-        lambda self, prepared, rows: (ran.append(prepared), replay(self, prepared, rows))[1],
-    )
+    run_again = Engine._run_again
+
+    def watched(self: Engine, key: object, rows: torch.Tensor) -> object:
+        found = run_again(self, key, rows)
+        if found is not None:
+            ran.append(found[0])
+        return found
+
+    monkeypatch.setattr(Engine, "_run_again", watched)
     return ran
 
 
@@ -272,6 +275,35 @@ def test_the_oldest_prepared_replays_make_room(replays: list) -> None:
     for grids in BATCHES:
         x = rows_of(encoder, grids, 3)
         assert same(encoder.encode_patches(x, grids), encoder.encode_patches(x, grids, mode="padded"))
+
+
+class Untouched:
+    """A key that nobody should look up."""
+
+    def __hash__(self) -> int:
+        raise AssertionError("hashed")
+
+
+def test_a_key_is_looked_up_only_where_rows_of_its_shape_were_prepared() -> None:
+    encoder = make()
+    prepared, x = encoder.engine._prepared, rows_of(encoder, BATCHES[0])
+    encoder.encode_patches(x, BATCHES[0])
+    other = rows_of(encoder, BATCHES[1])
+    assert prepared.find(Untouched(), other.shape) is None
+    with pytest.raises(AssertionError, match="hashed"):
+        prepared.find(Untouched(), x.shape)
+    key = tuple(BATCHES[0])
+    found = prepared.find(key, x.shape)
+    assert found is not None and found.shape == x.shape
+    encoder.encode_patches(other, BATCHES[1])
+    assert prepared.find(key, other.shape) is None, "rows of another batch"
+    for _ in range(2):
+        prepared.keep(key, found)
+    prepared.drop(key)
+    prepared.drop(key)
+    assert prepared.find(Untouched(), x.shape) is None
+    prepared.clear()
+    assert prepared.find(Untouched(), other.shape) is None
 
 
 def test_only_one_pack_of_whole_items_is_prepared() -> None:

@@ -298,6 +298,15 @@ class StaticBuffers:
         long = replace(inputs, segments={name: replace(own, long=True) for name, own in segments.items()})
         return cls(layout, arena.block[: layout.nbytes], inputs, long, outputs, arena)
 
+    def outputs_of(self, counts: Counts, kinds: Sequence[str]) -> tuple[Tensor, ...]:
+        """The rows of the outputs that a pack fills.
+
+        Args:
+            counts: of the pack.
+            kinds: what the rows of each output count.
+        """
+        return tuple([output[:, : counts[kind]] for output, kind in zip(self.outputs, kinds, strict=True)])
+
     def inputs_of(self, long: bool) -> TowerBuffers:
         """What a forward reads.
 

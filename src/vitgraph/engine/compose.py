@@ -6,6 +6,7 @@ The host then writes an integer per item, instead of all rows of all buffers.
 from __future__ import annotations
 
 import logging
+import struct
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 
@@ -23,7 +24,8 @@ logger = logging.getLogger("vitgraph")
 MOST_BYTES = 32 << 20
 """Device memory for the parts of grids."""
 
-WORD = 4
+_PLACE = struct.Struct("=i")
+WORD = _PLACE.size
 TILE_WORDS = 4
 
 
@@ -119,7 +121,7 @@ class Composer:
             if self._on_device:
                 staged = staged.pin_memory()
             self._parts[self._used : self._used + len(words)].copy_(staged, non_blocking=True)
-            own.place = self._used
+            own.place = _PLACE.pack(self._used)
             self._placed.append(own)
             self._used += len(words)
         return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Hashable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from threading import RLock
 
@@ -36,8 +36,6 @@ from vitgraph.workspace import without_workspace
 __all__ = ["Engine", "Mode", "Outputs", "Progress"]
 
 logger = logging.getLogger("vitgraph")
-
-_HERE = nullcontext()
 
 
 class Engine:
@@ -76,6 +74,7 @@ class Engine:
         self._prepared = PreparedReplays()
         self._measure_seconds = 0.0
         self._lock = RLock()
+        self._one_device = device.type == "cpu" or torch.cuda.device_count() == 1
         self._released = False
         if config.compile:
             for region in tower.compile_regions():
@@ -177,7 +176,7 @@ class Engine:
             rows, grids, mode: see `run`.
             key: under which `embed_again` will find what is prepared here; default: the grids in a tuple.
         """
-        packs = self._run(rows, grids, mode, tuple(grids) if key is None else key)
+        packs = self._run(rows, grids, mode, key)
         return embeddings_of(packs, grids, self.planner.counts)
 
     def embed_again(self, key: Hashable, rows: Tensor) -> list[VisionEmbedding] | None:
@@ -255,32 +254,46 @@ class Engine:
 
     # -- one call ----------------------------------------------------------------------------------------------
 
-    def _run(self, rows: Tensor | Sequence[Tensor], grids: Sequence[Grid], mode: Mode, key: Hashable) -> list[Ran]:
+    def _run(
+        self, rows: Tensor | Sequence[Tensor], grids: Sequence[Grid], mode: Mode, key: Hashable | None
+    ) -> list[Ran]:
         with self._lock, self._guard():
             if mode == "auto" and not self.ladder.complete and not self.config.lazy:
                 self.capture()
             mode = mode if self.config.graph else "eager"
+            if mode == "auto" and (together := self._replay_together(rows, grids, key)):
+                return [together]
             packs = self.planner.plan(grids, split=mode != "eager", eager=mode == "auto" and not self.config.strict)
             self._counters.plan(packs, len(grids))
-            together = len(packs) == 1 and len(packs[0].grids) == len(grids)
             # The static rows must not come to need gradients; nothing else on the way to a replay could record any.
             if not isinstance(rows, Tensor):
                 rows = [own.detach() for own in rows]
             elif rows.requires_grad:
                 rows = rows.detach()
-            if isinstance(rows, Tensor) and not together:
+            if isinstance(rows, Tensor) and not (len(packs) == 1 and len(packs[0].grids) == len(grids)):
                 rows = rows.split([grid.patches for grid in grids])
-            ran = [(pack, self._runner.run(pack, pixels_of(pack, rows), mode)) for pack in packs]
-            if together and mode == "auto":
-                prepared = self._runner.prepare(packs[0], self.planner)
-                if prepared is not None:
-                    self._prepared.keep(key, prepared)
-            return ran
+            return [(pack, self._runner.run(pack, pixels_of(pack, rows), mode)) for pack in packs]
+
+    def _replay_together(
+        self, rows: Tensor | Sequence[Tensor], grids: Sequence[Grid], key: Hashable | None
+    ) -> Ran | None:
+        """The whole batch in one replay, which then is prepared for the next time; None where it takes more."""
+        if not isinstance(rows, Tensor) or rows.requires_grad:
+            return None
+        pack = self.planner.one_pack(grids, eager=not self.config.strict)
+        prepared = None if pack is None else self._runner.prepare(pack, rows.shape, self.planner)
+        if prepared is None:
+            return None
+        outputs = self._runner.replay(prepared, rows)
+        self._prepared.keep(tuple(grids) if key is None else key, prepared)
+        return prepared.pack, outputs
 
     def _run_again(self, key: Hashable, rows: Tensor | Sequence[Tensor]) -> tuple[PreparedReplay, Outputs] | None:
+        if not isinstance(rows, Tensor):
+            return None
         with self._lock:
-            prepared = self._prepared.find(key)
-            if prepared is None or not isinstance(rows, Tensor) or rows.shape != prepared.shape:
+            prepared = self._prepared.find(key, rows.shape)
+            if prepared is None:
                 return None
             # Gradients are not recorded below: rows that need none spare us to say so.
             if rows.requires_grad or not rows.is_floating_point():
@@ -301,11 +314,11 @@ class Engine:
         return result if isinstance(result, tuple) else (result,)
 
     def _guard(self) -> AbstractContextManager[object]:
-        """The right device; an error after `release()`."""
+        """The right device, for who holds the lock; an error after `release()`."""
         if self._released:
             raise EngineReleasedError("this encoder was released; make a new one with from_pretrained().")
-        if self.device.type != "cuda" or torch.cuda.current_device() == self.device.index:
-            return _HERE
+        if self._one_device or torch.cuda.current_device() == self.device.index:
+            return self._lock  # it is held, and no other context manager is left and entered as fast
         return torch.cuda.device(self.device)
 
 

@@ -41,7 +41,8 @@ class Intake:
     def __init__(self, composer: Composer, device: torch.device) -> None:
         from vitgraph.engine import intake_triton
 
-        self._kernels, self._device = intake_triton, device
+        self._kernels = intake_triton
+        self._index = device.index if device.type == "cuda" else -1
         self.composer = composer
         self.mailbox = Mailbox(composer.most_items, device, partial(_check, device))
         self._likes = [torch.zeros(8, dtype=dtype, device=device) for dtype in DTYPES]
@@ -59,7 +60,7 @@ class Intake:
             buffers: of the budget, which hold whatever the request asks for.
         """
         mailbox = self.mailbox
-        self._kernels.fetch(mailbox.ring, mailbox.read, mailbox.next, mailbox.request)
+        self._kernels.fetch(mailbox.ring, mailbox.next, mailbox.request)
         self._kernels.copy_pixels(mailbox.request, self._likes, buffers.inputs.pixel_values)
         self.composer.launch(mailbox.request, (mailbox.next, mailbox.copied), buffers.layout)
 
@@ -81,7 +82,7 @@ class Intake:
             rows: `[P, patch_width]`, of any dtype and on any device.
         """
         code = _CODES.get(rows.dtype)
-        if code is None or rows.device != self._device or not rows.is_contiguous():
+        if code is None or rows.get_device() != self._index or not rows.is_contiguous():
             return None
         address = rows.data_ptr()
         return None if address % VECTOR_BYTES else (code, address, rows.numel())

@@ -13,9 +13,7 @@ BLOCK = 4096
 
 
 @triton.jit
-def _fetch_kernel(
-    ring_ptr, read_ptr, next_ptr, request_ptr, ENTRIES: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr
-):
+def _fetch_kernel(ring_ptr, next_ptr, request_ptr, ENTRIES: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr):
     """One program reads the next entry of the ring, which lies in the host's memory, and counts it."""
     number = tl.load(next_ptr)
     word = tl.arange(0, BLOCK)
@@ -23,7 +21,6 @@ def _fetch_kernel(
     tl.store(request_ptr + word, tl.load(entry + word, mask=word < WORDS, volatile=True), mask=word < WORDS)
     tl.debug_barrier()  # no warp may find the next number instead
     tl.store(next_ptr, number + 1)
-    tl.store(read_ptr, number + 1)
 
 
 @triton.jit
@@ -57,12 +54,10 @@ def _pixels_kernel(request_ptr, long_ptr, bf16_ptr, fp16_ptr, fp32_ptr, out_ptr,
             _copy(fp32_ptr, address, elements, first, out_ptr, 4, BLOCK)
 
 
-def fetch(ring: Tensor, read: Tensor, following: Tensor, request: Tensor) -> None:
+def fetch(ring: Tensor, following: Tensor, request: Tensor) -> None:
     """Reads the next request of a `Mailbox`; the arguments are its attributes."""
     entries, words = ring.shape
-    _fetch_kernel[(1,)](
-        ring, read, following, request, ENTRIES=entries, WORDS=words, BLOCK=triton.next_power_of_2(words)
-    )
+    _fetch_kernel[(1,)](ring, following, request, ENTRIES=entries, WORDS=words, BLOCK=triton.next_power_of_2(words))
 
 
 def copy_pixels(request: Tensor, likes: Sequence[Tensor], out: Tensor) -> None:

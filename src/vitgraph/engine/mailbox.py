@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
 from typing import NamedTuple
 
 import torch
 
 ENTRIES = 256
-HEAD = 6
+WORD = 4
+_HEAD = struct.Struct("=2i2q")
+HEAD = _HEAD.size // WORD
 """Words before the places: how many places, the code of the pixel rows' dtype, their address, how many elements."""
 
-WORD = 4
 PAUSE_SECONDS, MOST_SECONDS = 20e-6, 10.0
 
 
@@ -27,13 +27,13 @@ class Request(NamedTuple):
     """What a replay does before the forward.
 
     Attributes:
-        places: per item of the pack where its part lies (see `Composer`); empty: the metadata stays as it is.
+        places: per item of the pack where its part lies (see `Composer`), int32; empty: the metadata stays as it is.
         dtype: code of the pixel rows' dtype, see `intake`; 0: the static pixel rows stay as they are.
         address: of the pixel rows on the device, which lie one after another.
         elements: of all pixel rows.
     """
 
-    places: Sequence[int] = ()
+    places: bytes = b""
     dtype: int = 0
     address: int = 0
     elements: int = 0
@@ -53,8 +53,7 @@ class Mailbox:
 
     Attributes:
         ring: `[ENTRIES, words]` int32, pinned for CUDA.
-        read: `[1]` int64, pinned for CUDA: requests that the device has read.
-        copied: `[1]` int64, pinned for CUDA: requests whose pixel rows have been copied.
+        copied: `[1]` int64, pinned for CUDA: requests that the device has read, and whose pixel rows it has copied.
         next: `[1]` int64 on the device: the request that it reads next.
         request: `[words]` int32 on the device: the request that was read last.
         posted: requests so far.
@@ -64,12 +63,11 @@ class Mailbox:
         pinned = device.type == "cuda"
         words = -(-(HEAD + most_places) // 4) * 4
         self.ring = torch.zeros(ENTRIES, words, dtype=torch.int32, pin_memory=pinned)
-        self.read = torch.zeros(1, dtype=torch.int64, pin_memory=pinned)
         self.copied = torch.zeros(1, dtype=torch.int64, pin_memory=pinned)
         self.next = torch.zeros(1, dtype=torch.int64, device=device)
         self.request = torch.zeros(words, dtype=torch.int32, device=device)
         self._bytes, self._entry = self.ring.numpy().data.cast("B"), words * WORD
-        self._read, self._copied = self.read.numpy().data, self.copied.numpy().data
+        self._copied = self.copied.numpy().data
         self._check = check
         self.posted = 0
 
@@ -91,15 +89,13 @@ class Mailbox:
         Args:
             request: its places are at most `most_places`.
         """
-        # One entry less than there are: the one that was counted last may still be being read.
-        while self.posted - self._read[0] >= ENTRIES - 1:
+        while self.posted - self._copied[0] >= ENTRIES:
             self._pause()
-        places = request.places
-        items = len(places)
-        _layout(items).pack_into(
-            self._bytes, self.posted % ENTRIES * self._entry,
-            items, request.dtype, request.address, request.elements, *places,
-        )  # fmt: skip
+        places, dtype, address, elements = request
+        entry = self.posted % ENTRIES * self._entry
+        _HEAD.pack_into(self._bytes, entry, len(places) // WORD, dtype, address, elements)
+        entry += _HEAD.size
+        self._bytes[entry : entry + len(places)] = places
         self.posted += 1
 
     def withdraw(self) -> None:
@@ -114,8 +110,3 @@ class Mailbox:
     def _pause(self) -> None:
         self._check()
         time.sleep(PAUSE_SECONDS)
-
-
-@cache
-def _layout(places: int) -> struct.Struct:
-    return struct.Struct(f"=2i2q{places}i")

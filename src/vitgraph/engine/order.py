@@ -16,13 +16,14 @@ class RunOrder:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._on_device = device.type == "cuda"
         self._done: torch.cuda.Event | None = None
         self._stream: torch.cuda.Stream | None = None
         self._handle: int | None = None
 
     def enter(self) -> torch.cuda.Stream | None:
         """The current stream, which waits for the run before if that used another one; None on the CPU."""
-        if self._device.type != "cuda":
+        if not self._on_device:
             return None
         # Making a Stream object takes longer than the rest of this.
         handle = current_handle(self._device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,16 +19,16 @@ from vitgraph.planning.cost import CostModel
 MOST_PREPARED = 1024
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class PreparedReplay:
-    """A batch that is one pack in one budget, with everything looked up and sliced.
+    """A batch that is one pack in one budget, with everything looked up.
 
     Attributes:
         pack: the only one of the batch.
         tokens: of its budget.
         buffers: of its budget.
         shape: of the pixel rows, `[P, patch_width]`.
-        outputs: static, each `[levels, rows, width]`, narrowed to the pack's rows.
+        row_kinds: what the rows of each output count.
         graph: what is replayed; None without a graph.
         long: whether that is the budget's second graph.
         cost: the model that chose the pack.
@@ -37,10 +38,15 @@ class PreparedReplay:
     tokens: int
     buffers: StaticBuffers
     shape: torch.Size
-    outputs: tuple[Tensor, ...]
+    row_kinds: tuple[str, ...]
     graph: CapturedGraph | None
     long: bool
     cost: CostModel
+
+    @cached_property
+    def outputs(self) -> tuple[Tensor, ...]:
+        """Static, each `[levels, rows, width]`, narrowed to the pack's rows. Made while the first replay runs."""
+        return self.buffers.outputs_of(self.pack.counts, self.row_kinds)
 
     @cached_property
     def spans(self) -> tuple[Span, ...]:
@@ -61,29 +67,46 @@ class PreparedReplays:
     def __init__(self, size: int = MOST_PREPARED) -> None:
         self._size = size
         self._entries: dict[Hashable, PreparedReplay] = {}
+        self._shapes: Counter[torch.Size] = Counter()
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def find(self, key: Hashable) -> PreparedReplay | None:
-        """What was kept under the key; None where there is nothing, or where the key cannot be looked up."""
+    def find(self, key: Hashable, shape: torch.Size) -> PreparedReplay | None:
+        """What was kept under the key for rows of this shape; None where there is nothing, or where the key cannot be
+        looked up.
+
+        Most batches that come for the first time are known by their number of rows: their key, which takes a while for
+        many items, is not hashed.
+        """
+        if shape not in self._shapes:
+            return None
         try:
-            return self._entries.get(key)
+            found = self._entries.get(key)
         except TypeError:
             return None
+        return found if found is not None and found.shape == shape else None
 
     def keep(self, key: Hashable, prepared: PreparedReplay) -> None:
         """Keeps it in the place of an earlier one."""
         if not self._size:
             return
+        self.drop(key)
         if len(self._entries) >= self._size:
-            del self._entries[next(iter(self._entries))]
+            self.drop(next(iter(self._entries)))
         self._entries[key] = prepared
+        self._shapes[prepared.shape] += 1
 
     def drop(self, key: Hashable) -> None:
         """Forgets what was kept under the key, if anything."""
-        self._entries.pop(key, None)
+        dropped = self._entries.pop(key, None)
+        if dropped is None:
+            return
+        self._shapes[dropped.shape] -= 1
+        if not self._shapes[dropped.shape]:
+            del self._shapes[dropped.shape]
 
     def clear(self) -> None:
         """Forgets everything."""
         self._entries.clear()
+        self._shapes.clear()

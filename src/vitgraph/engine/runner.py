@@ -106,11 +106,12 @@ class PackRunner:
         finally:
             self._staging.return_rows()
 
-    def prepare(self, pack: Pack, planner: Planner) -> PreparedReplay | None:
-        """All that `replay` needs, where the pack's budget has its graph.
+    def prepare(self, pack: Pack, shape: torch.Size, planner: Planner) -> PreparedReplay | None:
+        """All that `replay` needs; None where the pack runs eager, or its budget lacks its graph.
 
         Args:
-            pack: that ran last: whole items, in the caller's order.
+            pack: whole items, in the caller's order.
+            shape: of its pixel rows.
             planner: that made it.
         """
         if pack.budget is None:
@@ -124,8 +125,8 @@ class PackRunner:
             pack=pack,
             tokens=self._ladder.budgets[pack.budget].tokens,
             buffers=buffers,
-            shape=torch.Size((pack.counts["patch"], self._spec.patch_width)),
-            outputs=self._filled(buffers, pack),
+            shape=shape,
+            row_kinds=self._row_kinds,
             graph=graph,
             long=long,
             cost=planner.cost,
@@ -171,7 +172,7 @@ class PackRunner:
             self._launch(graph, buffers, long, pack, pixels, stream)
             self._counters.stats.graph_replays += captured
             # The next replay writes over this memory, so the caller gets a copy of the rows that are his.
-            return tuple([output.clone() for output in self._filled(buffers, pack)])
+            return tuple([output.clone() for output in buffers.outputs_of(pack.counts, self._row_kinds)])
         finally:
             self._order.leave(stream)
             self._staging.return_rows()
@@ -203,11 +204,6 @@ class PackRunner:
         """What a graph would do, launch by launch."""
         inputs = self._staging.uncaptured(buffers.inputs_of(long), grids)
         copy_outputs(buffers.outputs, self._forward(inputs))
-
-    def _filled(self, buffers: StaticBuffers, pack: Pack) -> Outputs:
-        """The rows of the static outputs that a pack fills."""
-        pairs = zip(buffers.outputs, self._row_kinds, strict=True)
-        return tuple([output[:, : pack.counts[kind]] for output, kind in pairs])
 
     def _graph(self, budget: int | None, long: bool) -> CapturedGraph | None:
         graphs = self._ladder.long if long else self._ladder.graphs

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitgraph.core import NOWHERE, Grid, Grids, KnownGrid, Pack
+from vitgraph.core import Grid, Grids, KnownGrid, Pack
 from vitgraph.engine.buffers import StaticBuffers, with_lengths
-from vitgraph.engine.compose import Composer
+from vitgraph.engine.compose import WORD, Composer
 from vitgraph.engine.intake import Intake
 from vitgraph.engine.mailbox import Mailbox, Request
 from vitgraph.engine.pixels import PieceRows, copy_rows, land_rows
@@ -87,7 +87,7 @@ class Staging:
             pixels: of its pieces, in row order.
             stream: the current stream.
         """
-        places: Sequence[int] = ()
+        places = b""
         if self.holds(buffers, pack):
             self.grids.count_hits(len(pack.grids))
         else:
@@ -114,25 +114,25 @@ class Staging:
 
     def _places(
         self, composer: Composer, buffers: StaticBuffers, pack: Pack, stream: torch.cuda.Stream | None
-    ) -> Sequence[int]:
+    ) -> bytes:
         """Where the parts of the pack's items lie; where they cannot, the host writes the metadata."""
         assert isinstance(pack.grids, Grids), "packs for graphs come from the planner"
         known = pack.grids.known
-        places = [own.place for own in known]
-        if NOWHERE not in places:
-            self.grids.count_hits(len(places))
+        places = b"".join([own.place for own in known])
+        if len(places) == WORD * len(known):  # none of them is NOWHERE
+            self.grids.count_hits(len(known))
             return places
         before = self.grids.lookups
         if composer.learn(known, self.grids.get_all):
             self.grids.count_hits(len(known) - (self.grids.lookups - before))
-            return [own.place for own in known]
+            return b"".join([own.place for own in known])
         if not self._told:
             self._told = True
             logger.warning(
                 "metadata is written on the host: the parts of %d items need too much memory", len(pack.grids)
             )
         self.fill(buffers, pack.grids, [], stream)
-        return ()
+        return b""
 
     def fill_pack(
         self, buffers: StaticBuffers, pack: Pack, pixels: Sequence[PieceRows], stream: torch.cuda.Stream | None

@@ -53,7 +53,7 @@ class Planner:
         at = self._kinds.index
         self._sets = [(at(rows), at(segments)) for rows, segments in rule.segment_sets] if budgets else []
         self._known: dict[Grid, KnownGrid] = {}
-        self._plans: OrderedDict[tuple[tuple[Grid, ...], bool, bool], tuple[Pack, ...]] = OrderedDict()
+        self._plans: OrderedDict[tuple[Grids, bool, bool], tuple[Pack, ...]] = OrderedDict()
         self.cost = cost or CostModel.guess(budgets)
 
     @property
@@ -68,6 +68,8 @@ class Planner:
         sets = len(self._rule.load_sets)
         most = [sets * float(rows) ** 2 for rows in cost.rows]
         self._settled = [cost.is_settled(budget, load, EAGER_MARGIN) for budget, load in enumerate(most)]
+        # One entry more than there are budgets: what fits none needs several packs.
+        self._splits = [*map(cost.splitting_helps, range(len(most))), True]
         self._plans.clear()
 
     def plan(self, grids: Sequence[Grid], split: bool = True, eager: bool = True) -> list[Pack]:
@@ -87,11 +89,11 @@ class Planner:
             Packs in the order in which their first item came; pieces of a pack in the caller's order.
         """
         grids = self.batch(grids)
-        if not grids:
-            return []
-        together = self._one_pack(grids, eager) if self._budgets else None
+        together = self.one_pack(grids, eager)
         if together is not None:
             return [together]
+        if not grids.known:
+            return []
         key = (grids, split, eager)
         packs = self._plans.get(key)
         if packs is None:
@@ -104,15 +106,24 @@ class Planner:
             self._plans.move_to_end(key)
         return list(packs)
 
+    def one_pack(self, grids: Sequence[Grid], eager: bool = True) -> Pack | None:
+        """As `plan`, where all items run in one pack; None where several may cost less, or the largest budget does not
+        hold them."""
+        grids = self.batch(grids)
+        if not (grids.known and self._budgets):
+            return None
+        smallest = self._smallest(grids.size)
+        return None if self._splits[smallest] else Pack.of_whole_items(grids, *self._placed(grids, smallest, eager))
+
     def batch(self, grids: Sequence[Grid]) -> Grids:
         """The grids with what this planner knows of them; they themselves where they have it already."""
         if isinstance(grids, Grids) and grids.owner is self:
             return grids
-        return Grids.of([self.known(grid) for grid in grids], self)
+        return Grids([self.known(grid) for grid in grids], self)
 
     def patches(self, grids: Grids) -> int:
         """Patch rows of all items; the plan of the same batch needs no other sums."""
-        return grids.size[self._rows] if grids and self._budgets else sum(grid.patches for grid in grids)
+        return grids.size[self._rows] if grids.known and self._budgets else sum(grid.patches for grid in grids)
 
     def known(self, grid: Grid) -> KnownGrid:
         """What is known of an item of this grid."""
@@ -140,13 +151,6 @@ class Planner:
         if pack.budget is None:
             return self._cost.eager(pack.counts["patch"], load, long)
         return self._cost.replay(pack.budget, load, long)
-
-    def _one_pack(self, grids: Grids, eager: bool) -> Pack | None:
-        """All items in one pack; None where the largest budget does not hold them, or several packs may cost less."""
-        smallest = self._smallest(grids.size)
-        if smallest == len(self._budgets) or self._cost.splitting_helps(smallest):
-            return None
-        return Pack.of_whole_items(grids, *self._placed(grids, smallest, eager))
 
     def _several(self, grids: Grids, split: bool, eager: bool) -> list[Pack]:
         """Packs of items that need not, or cannot, run in one."""
