@@ -103,8 +103,9 @@ def make_calls(encoder: VisionEncoder, items: int, place: str, fresh: bool) -> l
     if not fresh:
         return [(pixels, [Grid(1, side, side)] * items)] * (WARMUP + RUNS)
     batches = fresh_batches(items)
-    # The sizes are known, the combination is not: forget what an earlier line left. Batches keep to their costs' model.
-    encoder.engine.planner.cost = replace(encoder.engine.planner.cost)
+    # The sizes are known, the combination is not: forget what an earlier line left.
+    encoder.engine.planner.cost = replace(encoder.engine.planner.cost)  # and with it the plans
+    encoder.engine._prepared.clear()
     for grids in batches:
         encoder.engine.warm_metadata(grids)
     return [(pixels[: sum(grid.patches for grid in grids)], grids) for grids in batches]
