@@ -10,6 +10,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 if TYPE_CHECKING:
@@ -183,6 +184,16 @@ class Pack:
         """Grids of the pieces."""
         return tuple(piece.grid for piece in self.pieces)
 
+    @cached_property
+    def spans(self) -> tuple[tuple[Grid, int, int], ...]:
+        """Of each piece its grid, and the first row and the number of rows of its tokens in the pack's outputs."""
+        if isinstance(self.grids, Grids):
+            rows = [own.counts["token"] for own in self.grids.known]
+        else:
+            (_,) = self.pieces  # what no planner placed runs alone
+            rows = [self.counts["token"]]
+        return tuple(zip(self.grids, accumulate(rows, initial=0), rows, strict=False))
+
 
 @dataclass(frozen=True)
 class VisionEmbedding:
@@ -210,11 +221,24 @@ class VisionEmbedding:
             first, rows: the item's rows.
             grid: of the item.
         """
-        made = object.__new__(cls)
-        fields = made.__dict__
-        fields["grid"] = grid
-        fields["_source"], fields["_first"], fields["_rows"] = levels, first, rows
+        (made,) = cls.of_spans(levels, [(grid, first, rows)])
         return made
+
+    @classmethod
+    def of_spans(cls, levels: Tensor, spans: Iterable[tuple[Grid, int, int]]) -> list[VisionEmbedding]:
+        """As `of_rows`, for all items of a pack.
+
+        Args:
+            levels: see there.
+            spans: per item its grid, its first row and how many rows it has.
+        """
+        found, new = [], object.__new__
+        for grid, first, rows in spans:
+            made = new(cls)
+            fields = made.__dict__
+            fields["grid"], fields["_source"] = grid, (levels, first, rows)
+            found.append(made)
+        return found
 
     if not TYPE_CHECKING:
 
@@ -222,8 +246,8 @@ class VisionEmbedding:
             # Asked for what the instance lacks: fields that have not been made yet.
             if name not in ("tokens", "deepstack") or "_source" not in self.__dict__:
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-            levels, rows = self._source, slice(self._first, self._first + self._rows)
-            view = None
+            levels, first, count = self._source
+            rows, view = slice(first, first + count), None
             if name == "tokens" or levels.shape[0] > 1:
                 view = levels[0, rows] if name == "tokens" else levels[1:, rows]
             # Threads that ask at the same time get the same view.

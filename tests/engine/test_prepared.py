@@ -30,7 +30,7 @@ def rows_of(encoder: VisionEncoder, grids: list, seed: int = 0) -> torch.Tensor:
 
 @pytest.fixture
 def replays(monkeypatch) -> list:
-    """The replays that ran again, as they were prepared."""
+    """The packs that ran again, as they were prepared."""
     ran: list = []
     run_again = Engine._run_again
 
@@ -153,7 +153,7 @@ def test_other_dtypes_shapes_and_gradients_are_served(replays: list) -> None:
         assert same(got, want)
         assert not got[0].tokens.requires_grad
     assert len(replays) == 3
-    assert not replays[0].buffers.inputs.pixel_values.requires_grad
+    assert not encoder.engine.ladder.static(replays[0].budget).inputs.pixel_values.requires_grad
 
 
 def test_results_do_not_alias_the_static_buffers() -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vitgraph.core import Grid, Grids, KnownGrid
+from vitgraph.core import Grid, Grids, KnownGrid, Pack, Piece
 
 rows = st.integers(0, 1 << 40)
 grids_of_some_size = st.lists(st.tuples(rows, rows, rows), min_size=1, max_size=200)
@@ -39,3 +39,12 @@ def test_no_grids_have_no_size() -> None:
     assert not Grids([], None)
     with pytest.raises(IndexError):
         Grids([], None)[0]
+
+
+def test_the_tokens_of_pieces_follow_each_other() -> None:
+    plain = [Grid(1, 2, 4), Grid(2, 6, 2), Grid(1, 2, 4)]
+    grids = Grids([KnownGrid(grid, {"token": grid.patches // 4}) for grid in plain], None)
+    pack = Pack.of_whole_items(grids, {"token": 10}, 0)
+    assert pack.spans == ((plain[0], 0, 2), (plain[1], 2, 6), (plain[2], 8, 2))
+    alone = Pack((Piece(3, plain[1]),), {"token": 6}, None, "no budgets")
+    assert alone.spans == ((plain[1], 0, 6),)

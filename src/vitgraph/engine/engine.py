@@ -19,8 +19,8 @@ from vitgraph.engine.graph import CapturedGraph
 from vitgraph.engine.ladder import Ladder, Progress
 from vitgraph.engine.measure import measure_costs
 from vitgraph.engine.order import RunOrder
-from vitgraph.engine.prepared import PreparedReplay, PreparedReplays
-from vitgraph.engine.results import Outputs, Ran, embeddings, embeddings_of, outputs_of
+from vitgraph.engine.prepared import PreparedReplays
+from vitgraph.engine.results import Outputs, Ran, embeddings, outputs_of
 from vitgraph.engine.runner import Mode, PackRunner
 from vitgraph.engine.staging import Staging, pixels_of
 from vitgraph.engine.stats import Counters, Stats
@@ -159,7 +159,7 @@ class Engine:
         """
         key = tuple(grids)
         ran = self._run_again(key, rows) if mode == "auto" else None
-        packs = self._run(rows, grids, mode, key) if ran is None else [(ran[0].pack, ran[1])]
+        packs = self._run(rows, grids, mode, key) if ran is None else [ran]
         kinds = [output.rows for output in self.spec.outputs]
         return outputs_of(packs, len(grids), kinds, self.planner.counts)
 
@@ -176,8 +176,7 @@ class Engine:
             rows, grids, mode: see `run`.
             key: under which `embed_again` will find what is prepared here; default: the grids in a tuple.
         """
-        packs = self._run(rows, grids, mode, key)
-        return embeddings_of(packs, grids, self.planner.counts)
+        return embeddings(self._run(rows, grids, mode, key), grids)
 
     def embed_again(self, key: Hashable, rows: Tensor) -> list[VisionEmbedding] | None:
         """As `embed` with mode "auto", for a batch whose replay is prepared: nothing is planned, looked up or sliced.
@@ -190,7 +189,7 @@ class Engine:
             None where nothing is prepared, or the rows are not what it was prepared for.
         """
         ran = self._run_again(key, rows)
-        return None if ran is None else embeddings(ran[1][0], ran[0].spans)
+        return None if ran is None else embeddings([ran], ran[0].grids)
 
     @property
     def stats(self) -> Stats:
@@ -288,7 +287,7 @@ class Engine:
         self._prepared.keep(tuple(grids) if key is None else key, prepared)
         return prepared.pack, outputs
 
-    def _run_again(self, key: Hashable, rows: Tensor | Sequence[Tensor]) -> tuple[PreparedReplay, Outputs] | None:
+    def _run_again(self, key: Hashable, rows: Tensor | Sequence[Tensor]) -> Ran | None:
         if not isinstance(rows, Tensor):
             return None
         with self._lock:
@@ -302,7 +301,7 @@ class Engine:
                 self._prepared.drop(key)
                 return None
             with self._guard():
-                return prepared, self._runner.replay(prepared, rows)
+                return prepared.pack, self._runner.replay(prepared, rows)
 
     @torch.no_grad()
     def _forward(self, inputs: TowerBuffers) -> Outputs:

@@ -10,10 +10,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from vitgraph.core import Grids, Pack
+from vitgraph.core import Pack
 from vitgraph.engine.buffers import StaticBuffers
 from vitgraph.engine.graph import CapturedGraph
-from vitgraph.engine.results import Span, spans_of
 from vitgraph.planning.cost import CostModel
 
 MOST_PREPARED = 1024
@@ -47,13 +46,6 @@ class PreparedReplay:
     def outputs(self) -> tuple[Tensor, ...]:
         """Static, each `[levels, rows, width]`, narrowed to the pack's rows. Made while the first replay runs."""
         return self.buffers.outputs_of(self.pack.counts, self.row_kinds)
-
-    @cached_property
-    def spans(self) -> tuple[Span, ...]:
-        """Its items, in order, in the first output. Made when the batch comes again: most never do."""
-        assert isinstance(self.pack.grids, Grids), "packs of whole items come from the planner"
-        rows = {own.grid: own.counts["token"] for own in self.pack.grids.known}
-        return spans_of(self.pack.grids, rows.__getitem__)
 
 
 class PreparedReplays:

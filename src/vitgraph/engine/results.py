@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,67 +16,29 @@ Ran = tuple[Pack, Outputs]
 """A pack and what came out, in memory of its own."""
 
 
-class Span(NamedTuple):
-    """Where the tokens of an item lie in the outputs of its pack."""
-
-    grid: Grid
-    first: int
-    rows: int
-
-
-def spans_of(grids: Iterable[Grid], rows_of: Callable[[Grid], int]) -> tuple[Span, ...]:
-    """Spans of items that follow each other.
-
-    Args:
-        grids: per item.
-        rows_of: rows that an item of a grid has.
-    """
-    spans, first = [], 0
-    for grid in grids:
-        rows = rows_of(grid)
-        spans.append(Span(grid, first, rows))
-        first += rows
-    return tuple(spans)
-
-
-def embeddings(tokens: Tensor, spans: Iterable[Span]) -> list[VisionEmbedding]:
-    """The items of one pack; their views are made when they are asked for.
-
-    Args:
-        tokens: `[levels, M, C]` of the pack.
-        spans: of its items, in order.
-    """
-    return [VisionEmbedding.of_rows(tokens, first, rows, grid) for grid, first, rows in spans]
-
-
-def embeddings_of(ran: Sequence[Ran], grids: Sequence[Grid], counts: Callable[[Grid], Counts]) -> list[VisionEmbedding]:
-    """The items of several packs, in the caller's order.
+def embeddings(ran: Sequence[Ran], grids: Sequence[Grid]) -> list[VisionEmbedding]:
+    """The items of packs, in the caller's order; their views are made when they are asked for.
 
     Args:
         ran: packs with their outputs.
         grids: of the items.
-        counts: rows of each kind that an item fills.
     """
-
-    def tokens_of(grid: Grid) -> int:
-        return counts(grid)["token"]
-
     if len(ran) == 1 and len(ran[0][0].grids) == len(grids):
         pack, outputs = ran[0]
-        return embeddings(outputs[0], spans_of(pack.grids, tokens_of))
-    found: list[list[tuple[int, Tensor, Span]]] = [[] for _ in grids]
+        return VisionEmbedding.of_spans(outputs[0], pack.spans)
+    found: list[list[tuple[int, Tensor, int, int]]] = [[] for _ in grids]
     for pack, outputs in ran:
-        for piece, span in zip(pack.pieces, spans_of(pack.grids, tokens_of), strict=True):
-            found[piece.item].append((piece.first_frame, outputs[0], span))
+        for piece, (_, first, rows) in zip(pack.pieces, pack.spans, strict=True):
+            found[piece.item].append((piece.first_frame, outputs[0], first, rows))
     return [_embedding(pieces, grid) for pieces, grid in zip(found, grids, strict=True)]
 
 
-def _embedding(pieces: list[tuple[int, Tensor, Span]], grid: Grid) -> VisionEmbedding:
+def _embedding(pieces: list[tuple[int, Tensor, int, int]], grid: Grid) -> VisionEmbedding:
     if len(pieces) == 1:
-        _, tokens, (_, first, rows) = pieces[0]
+        _, tokens, first, rows = pieces[0]
         return VisionEmbedding.of_rows(tokens, first, rows, grid)
     pieces.sort(key=lambda piece: piece[0])
-    joined = torch.cat([tokens.narrow(1, span.first, span.rows) for _, tokens, span in pieces], dim=1)
+    joined = torch.cat([tokens.narrow(1, first, rows) for _, tokens, first, rows in pieces], dim=1)
     return VisionEmbedding.of_rows(joined, 0, joined.shape[1], grid)
 
 
