@@ -12,7 +12,7 @@ from vitgraph.core import Grid
 from vitgraph.engine.engine import Engine
 from vitgraph.engine.prepared import PreparedReplays
 from vitgraph.errors import EngineReleasedError, PatchError
-from vitgraph.planning.packing import Planner
+from vitgraph.planning.packing import EAGER_IS_FASTER, Planner
 
 BATCHES = [[(1, 8, 8), (1, 4, 12)], [(1, 8, 8)], [(1, 4, 12), (1, 8, 8)], [(1, 12, 12)], [(1, 2, 2)] * 3]
 """Of two budgets, each one pack."""
@@ -314,6 +314,18 @@ def test_only_one_pack_of_whole_items_is_prepared() -> None:
         for _ in range(3):
             assert same(encoder.encode_patches(x, grids), want)
     assert len(encoder.engine._prepared) == 0
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_what_is_faster_eager_is_not_replayed_unless_it_must_be(strict: bool) -> None:
+    encoder, grids = make(strict=strict), BATCHES[0]
+    cost = encoder.engine.planner.cost
+    encoder.engine.planner.cost = replace(cost, eager_rows=(1, 10_000), eager_time=(0.0, 0.0))
+    x = rows_of(encoder, grids)
+    for _ in range(2):
+        assert same(encoder.encode_patches(x, grids), encoder.encode_patches(x, grids, mode="padded"))
+    assert encoder.stats.fallbacks == ({} if strict else {EAGER_IS_FASTER: 2})
+    assert len(encoder.engine._prepared) == int(strict)
 
 
 def test_without_graphs_nothing_is_prepared() -> None:

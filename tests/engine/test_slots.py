@@ -20,3 +20,14 @@ def test_rows_are_staged_part_by_part_in_the_dtype_of_the_slot(chunk: int, dtype
     assert torch.equal(slot.pixels[3:10], rows.float())
     assert (landing[:3] == -1).all() and (landing[10:] == -1).all()
     slot.return_rows()  # staged rows were not lent: nothing to wait for
+
+
+def test_parts_of_the_landing_rows_are_cut_once(monkeypatch) -> None:
+    monkeypatch.setattr("vitgraph.engine.slots.MOST_CUTS", 2)
+    slot = StagingSlot(16, (12, 4), torch.float32, torch.device("cpu"))
+    landing = slot.__dict__["_landing"] = torch.randn(12, 4)
+    first, second = slot._landing_of(0, 3), slot._landing_of(5, 3)
+    assert torch.equal(first, landing[:3]) and torch.equal(second, landing[5:8])
+    assert slot._landing_of(0, 3) is first and slot._landing_of(5, 3) is second
+    assert torch.equal(slot._landing_of(3, 9), landing[3:])
+    assert len(slot._cuts) == 1, "kept in bounds"
