@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from vitgraph import EncoderConfig, VisionEncoder
-from vitgraph.core import Counts, Grid, VisionEmbedding, sum_counts
+from vitgraph.core import Counts, Grid, sum_counts
+from vitgraph.embedding import VisionEmbedding
 from vitgraph.engine.buffers import MetadataLayout
 from vitgraph.errors import PatchError
 from vitgraph.models.contract import Tower, TowerSpec

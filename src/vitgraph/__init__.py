@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vitgraph.config import EncoderConfig
-    from vitgraph.core import Grid, VisionEmbedding
+    from vitgraph.core import Grid
+    from vitgraph.embedding import VisionEmbedding
     from vitgraph.encoder import VisionEncoder
     from vitgraph.errors import BatchError, VitgraphError
     from vitgraph.integrations.transformers.install import accelerate, accelerated, acceleration, restore
@@ -21,7 +22,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "VisionEncoder": "vitgraph.encoder",
     "EncoderConfig": "vitgraph.config",
-    "VisionEmbedding": "vitgraph.core",
+    "VisionEmbedding": "vitgraph.embedding",
     "Grid": "vitgraph.core",
     "Patches": "vitgraph.preprocess",
     "Video": "vitgraph.preprocess",

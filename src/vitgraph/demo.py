@@ -17,7 +17,7 @@ from vitgraph.assets import sample_photographs
 from vitgraph.bench.run import flatten_embeddings, relative_error
 from vitgraph.commands.embedding_file import EmbeddingFile
 from vitgraph.config import EncoderConfig
-from vitgraph.core import VisionEmbedding
+from vitgraph.embedding import VisionEmbedding
 from vitgraph.encoder import VisionEncoder
 from vitgraph.models.tiny import write_tiny_checkpoint
 from vitgraph.pictures import Exhibit, PackFacts, describe_pack, draw_packing

@@ -17,7 +17,8 @@ from torch import Tensor
 from vitgraph.attention.base import VarlenAttention
 from vitgraph.attention.select import select_attention
 from vitgraph.config import EncoderConfig
-from vitgraph.core import Grid, Grids, KnownGrid, Pack, VisionEmbedding
+from vitgraph.core import Grid, Grids, KnownGrid, Pack
+from vitgraph.embedding import VisionEmbedding
 from vitgraph.engine.engine import Engine, Mode
 from vitgraph.engine.stats import Stats
 from vitgraph.errors import BatchError, ConfigError, InputError, PatchError

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from vitgraph.commands.embedding_file import EmbeddingFile
 from vitgraph.commands.outputs import OutputError
-from vitgraph.core import Grid, VisionEmbedding
+from vitgraph.core import Grid
+from vitgraph.embedding import VisionEmbedding
 
 
 def _embedding(tokens, dtype=torch.float32, levels=0):

@@ -14,7 +14,7 @@ from vitgraph.bench.reference import reference_forward, reference_model
 from vitgraph.bench.timing import Timing, time_call
 from vitgraph.bench.workloads import Workload, random_patches
 from vitgraph.config import EncoderConfig
-from vitgraph.core import VisionEmbedding
+from vitgraph.embedding import VisionEmbedding
 from vitgraph.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from vitgraph.commands.outputs import OutputError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vitgraph.core import VisionEmbedding
+    from vitgraph.embedding import VisionEmbedding
 
 DTYPE_NAMES = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from vitgraph.attention.base import VarlenAttention, tune
 from vitgraph.config import EncoderConfig
-from vitgraph.core import Grid, Grids, KnownGrid, Pack, VisionEmbedding, sum_counts
+from vitgraph.core import Grid, Grids, KnownGrid, Pack, sum_counts
+from vitgraph.embedding import VisionEmbedding
 from vitgraph.engine.graph import CapturedGraph
 from vitgraph.engine.ladder import Ladder, Progress
 from vitgraph.engine.measure import measure_costs

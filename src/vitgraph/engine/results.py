@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from vitgraph.core import Counts, Grid, Pack, VisionEmbedding
+from vitgraph.core import Counts, Grid, Pack
+from vitgraph.embedding import VisionEmbedding
 
 Outputs = tuple[Tensor, ...]
 """One `[levels, rows, width]` per entry of the spec's `outputs`: the tokens `[levels, M, C]` first."""
