@@ -6,7 +6,7 @@ The host then writes an integer per item, instead of all rows of all buffers.
 from __future__ import annotations
 
 import logging
-import struct
+import sys
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vitgraph.core import NOWHERE, Grid, KnownGrid
 from vitgraph.engine.buffers import MetadataLayout, longest_segment, tiles_of_item
+from vitgraph.engine.mailbox import WORD
 from vitgraph.models.contract import BufferSpec, TowerSpec
 from vitgraph.planning.metadata import GridPlan
 
@@ -24,8 +25,6 @@ logger = logging.getLogger("vitgraph")
 MOST_BYTES = 32 << 20
 """Device memory for the parts of grids."""
 
-_PLACE = struct.Struct("=i")
-WORD = _PLACE.size
 TILE_WORDS = 4
 
 
@@ -121,7 +120,7 @@ class Composer:
             if self._on_device:
                 staged = staged.pin_memory()
             self._parts[self._used : self._used + len(words)].copy_(staged, non_blocking=True)
-            own.place = _PLACE.pack(self._used)
+            own.place = self._used.to_bytes(WORD, sys.byteorder)
             self._placed.append(own)
             self._used += len(words)
         return True

@@ -215,7 +215,7 @@ class Engine:
         """Fills a budget's static metadata for items of these grids, which must fit it. Pixel rows stay as they are."""
         with self._lock, self._guard():
             stream = self._order.enter()
-            self.staging.write(self.ladder.static(budget), grids, [], stream)
+            self.staging.fill(self.ladder.static(budget), grids, [], stream, counted=False)
             self._order.leave(stream)
 
     @torch.no_grad()
@@ -261,6 +261,7 @@ class Engine:
             if mode == "auto" and not self.ladder.complete and not self.config.lazy:
                 self.capture()
             mode = mode if self.config.graph else "eager"
+            grids = self.planner.batch(grids)
             if mode == "auto" and (together := self._replay_together(rows, grids, key)):
                 return [together]
             packs = self.planner.plan(grids, split=mode != "eager", eager=mode == "auto" and not self.config.strict)
@@ -274,9 +275,7 @@ class Engine:
                 rows = rows.split([grid.patches for grid in grids])
             return [(pack, self._runner.run(pack, pixels_of(pack, rows), mode)) for pack in packs]
 
-    def _replay_together(
-        self, rows: Tensor | Sequence[Tensor], grids: Sequence[Grid], key: Hashable | None
-    ) -> Ran | None:
+    def _replay_together(self, rows: Tensor | Sequence[Tensor], grids: Grids, key: Hashable | None) -> Ran | None:
         """The whole batch in one replay, which then is prepared for the next time; None where it takes more."""
         if not isinstance(rows, Tensor) or rows.requires_grad:
             return None

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from vitgraph.core import Grid, Grids, KnownGrid, Pack
 from vitgraph.engine.buffers import StaticBuffers, with_lengths
-from vitgraph.engine.compose import WORD, Composer
+from vitgraph.engine.compose import Composer
 from vitgraph.engine.intake import Intake
-from vitgraph.engine.mailbox import Mailbox, Request
+from vitgraph.engine.mailbox import WORD, Mailbox, Request
 from vitgraph.engine.pixels import PieceRows, copy_rows, land_rows
 from vitgraph.engine.slots import StagingSlot
 from vitgraph.errors import PatchError
@@ -97,9 +97,10 @@ class Staging:
         if all(rows.device != self._device for rows in pixels):
             self._sent = slot = buffers.arena.next_slot()
             landing, filled = land_rows(pixels, slot, stream)
-            if landed := intake.rows_of(landing):
-                dtype, address, _ = landed
-                return Request(places, dtype, address, filled * landing.shape[1])
+            landed = intake.rows_of(landing)
+            assert landed is not None, "landing rows lie on the device, one after another, in the tower's dtype"
+            dtype, address, _ = landed
+            return Request(places, dtype, address, filled * landing.shape[1])
         self._bring_rows(buffers, pixels, stream)
         return Request(places)
 
@@ -183,25 +184,17 @@ class Staging:
         grids: Sequence[Grid],
         pixels: Sequence[PieceRows],
         stream: torch.cuda.Stream | None = None,
+        counted: bool = True,
     ) -> None:
-        """The pixel rows, then one small transfer for all metadata, in stream order, for a pack that runs now.
+        """The pixel rows, then one small transfer for all metadata, in stream order.
 
         Args:
             buffers: to fill.
             grids, pixels: of the pieces, in row order.
             stream: the current stream, or None to look it up.
+            counted: whether they are a pack of a caller's, whose metadata counts as written on the host.
         """
-        self.written_on_host += 1
-        self.write(buffers, grids, pixels, stream)
-
-    def write(
-        self,
-        buffers: StaticBuffers,
-        grids: Sequence[Grid],
-        pixels: Sequence[PieceRows],
-        stream: torch.cuda.Stream | None = None,
-    ) -> None:
-        """As `fill`, for a replay that is no pack of a caller's."""
+        self.written_on_host += counted
         slot = buffers.arena.next_slot()
         buffers.arena.holds = None
         self._copy_rows(buffers.inputs.pixel_values, pixels, slot, stream)

@@ -106,10 +106,9 @@ class Planner:
             self._plans.move_to_end(key)
         return list(packs)
 
-    def one_pack(self, grids: Sequence[Grid], eager: bool = True) -> Pack | None:
+    def one_pack(self, grids: Grids, eager: bool = True) -> Pack | None:
         """As `plan`, where all items run in one pack; None where several may cost less, or the largest budget does not
         hold them."""
-        grids = self.batch(grids)
         if not (grids.known and self._budgets):
             return None
         smallest = self._smallest(grids.size)
