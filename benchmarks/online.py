@@ -25,7 +25,7 @@ from techniques import POWERS_OF_TWO
 from vitgraph import VisionEncoder
 from vitgraph.bench.reference import reference_forward, reference_model
 from vitgraph.bench.workloads import parse_workload
-from vitgraph.core import Grid, Pack, Piece
+from vitgraph.core import Grid, Grids, Pack, Piece
 from vitgraph.planning.packing import Planner
 from vitgraph.planning.search import greedy
 
@@ -54,7 +54,12 @@ class GreedyPlanner(Planner):
         order = sorted(range(len(grids)), key=lambda i: -grids[i].patches)
         sizes = [self.known(grids[i]).size for i in order]
         groups = greedy(sizes, tuple(column[-1] for column in self._columns))
-        return [self._pack([Piece(order[i], grids[order[i]]) for i in group], eager=False) for group in groups]
+        pieces = [sorted(Piece(order[i], grids[order[i]]) for i in group) for group in groups]
+        return [self._pack(own, eager=False) for own in pieces]
+
+    def one_pack(self, grids: Grids, eager: bool = True) -> Pack | None:
+        packs = self.plan(grids)
+        return packs[0] if len(packs) == 1 else None
 
 
 def time_requests(run: Callable[[torch.Tensor, list[Grid]], object], width: int) -> list[float]:
