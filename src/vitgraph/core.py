@@ -19,6 +19,9 @@ Counts = Mapping[str, int]
 
 NOWHERE = b""
 
+MOST_PATCHES = 1 << 40
+"""Of one item: more than any machine holds, and few enough that no batch sums up to 2^64."""
+
 
 class Grid(NamedTuple):
     """Size of one item in patches: `t` temporal patches (frames after temporal grouping) of `h` x `w`."""
@@ -56,35 +59,37 @@ class KnownGrid:
         size: the same, in the planner's order of kinds.
         load: of its attention, see `CostModel`.
         place: where its part of the metadata lies on the device, an int32 as requests hold it, or NOWHERE.
-        digits: the size as one number, so that sizes are summed as fast as numbers are; see `size_of`.
+        digits: size and load as one number, so that they are summed as fast as numbers are; see `sums_of`.
     """
 
     grid: Grid
     counts: Counts
     size: tuple[int, ...] = ()
-    load: float = 0.0
+    load: int = 0
     place: bytes = NOWHERE
     digits: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.digits = int.from_bytes(_digits(len(self.size)).pack(*self.size), "little")
+        layout = _digits(len(self.size))
+        self.digits = int.from_bytes(layout.pack(*self.size), "little") + (self.load << 8 * layout.size)
 
 
 @cache
 def _digits(kinds: int) -> struct.Struct:
-    """Sizes as digits to the base of 2^64, which no sum of rows reaches."""
+    """A size as digits to the base of 2^64, which no sum of rows reaches."""
     return struct.Struct(f"<{kinds}Q")
 
 
-def size_of(digits: int, kinds: int) -> tuple[int, ...]:
-    """The size that a number stands for.
+def sums_of(digits: int, kinds: int) -> tuple[tuple[int, ...], int]:
+    """The size and the load that a number stands for.
 
     Args:
         digits: of a `KnownGrid`, or the sum of several.
         kinds: how many a size has.
     """
     layout = _digits(kinds)
-    return layout.unpack(digits.to_bytes(layout.size, "little"))
+    load = digits >> 8 * layout.size
+    return layout.unpack((digits - (load << 8 * layout.size)).to_bytes(layout.size, "little")), load
 
 
 class Grids(Sequence[Grid]):
@@ -96,16 +101,13 @@ class Grids(Sequence[Grid]):
 
     Attributes:
         size: of all items together; empty without items.
+        load: of all items together.
     """
 
     def __init__(self, known: list[KnownGrid], owner: object) -> None:
         self.known, self.owner = known, owner
-        self.size = size_of(sum([own.digits for own in known]), len(known[0].size)) if known else ()
-
-    @cached_property
-    def load(self) -> float:
-        """Of all items together."""
-        return sum([own.load for own in self.known])
+        kinds = len(known[0].size) if known else 0
+        self.size, self.load = sums_of(sum([own.digits for own in known]), kinds)
 
     @cached_property
     def _grids(self) -> tuple[Grid, ...]:

@@ -13,14 +13,14 @@ grids_of_some_size = st.lists(st.tuples(rows, rows, rows), min_size=1, max_size=
 
 
 def known(*size: int) -> KnownGrid:
-    return KnownGrid(Grid(1, 2, 2), {}, size, float(sum(size)))
+    return KnownGrid(Grid(1, 2, 2), {}, size, sum(size) ** 2)
 
 
 @given(grids_of_some_size)
-def test_the_size_is_the_sum_kind_by_kind(sizes: list[tuple[int, int, int]]) -> None:
+def test_size_and_load_are_sums(sizes: list[tuple[int, int, int]]) -> None:
     grids = Grids([known(*size) for size in sizes], None)
     assert grids.size == tuple(map(sum, zip(*sizes, strict=True)))
-    assert grids.load == sum(map(sum, sizes))
+    assert grids.load == sum(sum(size) ** 2 for size in sizes)
 
 
 def test_grids_are_equal_to_a_tuple_of_them() -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from packing_rule import Rule
 from vitgraph.config import EncoderConfig
 from vitgraph.core import Grid, Pack, Piece, fits, sum_counts
+from vitgraph.errors import PatchError
 from vitgraph.planning.budgets import make_budgets
 from vitgraph.planning.packing import Planner
 
@@ -74,6 +75,22 @@ def test_small_items_share_a_pack_and_keep_the_callers_order() -> None:
     (pack,) = Planner(rule, budgets).plan(items)
     assert [piece.item for piece in pack.pieces] == [0, 1, 2]
     assert budgets[pack.budget].tokens == 256
+
+
+@pytest.mark.parametrize("grid", [Grid(1, 1 << 30, 1 << 30), Grid(1 << 30, 1 << 30, 1 << 40)])
+def test_a_grid_beyond_all_sums_is_refused(grid: Grid) -> None:
+    rule = Rule()
+    planner = Planner(rule, make_budgets(rule, EncoderConfig()))
+    with pytest.raises(PatchError, match=f"{grid.t}x{grid.h}x{grid.w} has {grid.patches} patches"):
+        planner.plan([Grid(1, 4, 4), grid])
+
+
+def test_as_many_of_the_largest_grids_as_a_batch_has_are_summed() -> None:
+    rule = Rule()
+    planner = Planner(rule, make_budgets(rule, EncoderConfig()))
+    grid = Grid(1, 1 << 20, 1 << 20)
+    batch = planner.batch([grid] * 1000)
+    assert (planner.patches(batch), batch.load) == (1000 << 40, 1000 << 80)
 
 
 def test_without_items_there_is_no_pack() -> None:

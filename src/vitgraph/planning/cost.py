@@ -171,11 +171,11 @@ def are_long(*sets: tuple[Any, Any]) -> Any:
     return reduce(and_, [(n == 1) | ((n > 0) & (rows >= LONG_ROWS * n)) for rows, n in sets], True)
 
 
-def load_of(counts: Counts, sets: Sequence[tuple[str, str]]) -> float:
+def load_of(counts: Counts, sets: Sequence[tuple[str, str]]) -> int:
     """Sum of squared segment lengths of one item, in rows^2, whose segments are of equal length.
 
     Args:
         counts: of the item.
         sets: per segment set the kinds that count its rows and its segments.
     """
-    return sum(counts[rows] ** 2 / max(counts[segments], 1) for rows, segments in sets)
+    return sum(counts[rows] ** 2 // max(counts[segments], 1) for rows, segments in sets)

@@ -7,7 +7,8 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from vitgraph.core import Counts, Grid, Grids, KnownGrid, Pack, Piece, exceeded, fits
+from vitgraph.core import MOST_PATCHES, Counts, Grid, Grids, KnownGrid, Pack, Piece, exceeded, fits
+from vitgraph.errors import PatchError
 from vitgraph.planning.budgets import Budget
 from vitgraph.planning.cost import CostModel, load_of
 from vitgraph.planning.search import Prices, Size, cheapest_groups
@@ -125,9 +126,18 @@ class Planner:
         return grids.size[self._rows] if grids.known and self._budgets else sum(grid.patches for grid in grids)
 
     def known(self, grid: Grid) -> KnownGrid:
-        """What is known of an item of this grid."""
+        """What is known of an item of this grid.
+
+        Raises:
+            PatchError: for more patches than any item has.
+        """
         known = self._known.get(grid)
         if known is None:
+            if grid.patches > MOST_PATCHES:
+                raise PatchError(
+                    f"grid {grid.t}x{grid.h}x{grid.w} has {grid.patches} patches: no image or clip has more than "
+                    f"{MOST_PATCHES}. Check the order and the unit of (t, h, w): they count patches."
+                )
             counts = self._rule.counts(grid)
             size = tuple(counts.get(kind, 0) for kind in self._kinds)
             known = KnownGrid(grid, counts, size, load_of(counts, self._rule.load_sets))
