@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from vitgraph.engine.graph import CapturedGraph
-from vitgraph.engine.mailbox import ENTRIES, HEAD, NOTHING, Mailbox, Request
+from vitgraph.engine.mailbox import ENTRIES, HEAD, NOTHING, SPINS, Mailbox, Request
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel is compiled here")
@@ -76,6 +76,25 @@ def test_rows_are_waited_for_until_their_graph_has_copied_them() -> None:
         mailbox.wait_until_copied(mailbox.posted)
     mailbox.copied[0] = 1
     mailbox.wait_until_copied(mailbox.posted)
+
+
+def test_a_short_wait_for_rows_takes_no_pause() -> None:
+    class Rising:
+        """A count that the device raises between two looks."""
+
+        def __init__(self) -> None:
+            self.count = -1
+
+        def __getitem__(self, _: int) -> int:
+            self.count += 1
+            return self.count
+
+    mailbox = make()
+    mailbox._copied = Rising()  # type: ignore[assignment]
+    mailbox.wait_until_copied(SPINS - 1)
+    mailbox._copied = Rising()  # type: ignore[assignment]
+    with pytest.raises(Refused):
+        mailbox.wait_until_copied(SPINS + 10)
 
 
 def test_a_replay_that_is_not_launched_takes_its_request_back() -> None:

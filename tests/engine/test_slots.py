@@ -31,3 +31,24 @@ def test_parts_of_the_landing_rows_are_cut_once(monkeypatch) -> None:
     assert slot._landing_of(0, 3) is first and slot._landing_of(5, 3) is second
     assert torch.equal(slot._landing_of(3, 9), landing[3:])
     assert len(slot._cuts) == 1, "kept in bounds"
+
+
+def test_the_driver_is_asked_once_per_address_whether_rows_are_pinned(monkeypatch) -> None:
+    slot, asked = StagingSlot(16, (12, 4), torch.float32, torch.device("cpu")), []
+    pinned, pageable, landing = torch.randn(3, 4), torch.randn(3, 4), torch.zeros(3, 4)
+
+    def is_pinned(rows: torch.Tensor) -> bool:
+        asked.append(rows.data_ptr())
+        return rows.data_ptr() == pinned.data_ptr()
+
+    monkeypatch.setattr(torch.Tensor, "is_pinned", is_pinned)
+    for rows in (pinned, pageable, pinned[:2], pageable):
+        slot._send(landing[: len(rows)], rows, 0)
+        assert torch.equal(landing[: len(rows)], rows)
+        assert slot._lent is (rows.data_ptr() == pinned.data_ptr())
+        slot._lent = False
+    assert asked == [pinned.data_ptr(), pageable.data_ptr(), pageable.data_ptr()]
+    monkeypatch.setattr("vitgraph.engine.slots.MOST_ADDRESSES", 1)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda rows: True)
+    slot._send(landing, pageable, 0)
+    assert slot._pinned_at == {pageable.data_ptr()}, "kept in bounds"

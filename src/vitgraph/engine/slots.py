@@ -13,7 +13,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from vitgraph.engine.buffers import MetadataLayout
 
-MOST_CUTS = 1024
+MOST_CUTS, MOST_ADDRESSES = 1024, 1024
 CHUNK_BYTES = 4 << 20
 """Rows are staged and sent in parts of about this size: one travels while the next is staged."""
 
@@ -30,6 +30,7 @@ class StagingSlot:
 
     Attributes:
         reader: waits for the graph that reads the rows that were sent; None where none does.
+        landed: what a request says of the landing rows, see `Intake.rows_of`; None until somebody asked.
     """
 
     def __init__(self, nbytes: int, pixel_shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
@@ -38,7 +39,9 @@ class StagingSlot:
         self.bytes = self.block.numpy()
         self.event = torch.cuda.Event() if self._pinned else None
         self.reader: Callable[[], None] | None = None
-        self._lent = False
+        self.landed: tuple[int, int, int] | None = None
+        self._recorded = self._lent = False
+        self._pinned_at: set[int] = set()
         self._pixel_shape, self._dtype, self._device = pixel_shape, dtype, device
         self._cuts: dict[tuple[int, int], Tensor] = {}
         self._parts: dict[MetadataLayout, tuple[Tensor, dict[str, np.ndarray]]] = {}
@@ -93,14 +96,11 @@ class StagingSlot:
         """
         landing, copies = self._landing, self._copies
         stream = stream or torch.cuda.current_stream(self._device)
-        # A context manager would take longer than a pinned copy.
-        torch.cuda.set_stream(copies)
-        try:
+        # The stream's own context manager: `torch.cuda.stream` and `set_stream` take longer than a pinned copy.
+        with copies:
             for row, run in runs:
                 self._send(self._landing_of(row, run.shape[0]), run, row)
             self._arrived.record(copies)
-        finally:
-            torch.cuda.set_stream(stream)
         stream.wait_event(self._arrived)
         return landing
 
@@ -114,7 +114,7 @@ class StagingSlot:
         return part
 
     def _send(self, landed: Tensor, run: Tensor, row: int) -> None:
-        if run.dtype == self._dtype and run.is_contiguous() and run.is_pinned():
+        if run.dtype == self._dtype and run.is_contiguous() and self._is_pinned(run):
             self._lent = True
             landed.copy_(run, non_blocking=True)
             return
@@ -123,6 +123,19 @@ class StagingSlot:
         for part, source, target in zip(staged.split(rows), run.split(rows), landed.split(rows), strict=True):
             part.copy_(source)
             target.copy_(part, non_blocking=True)
+
+    def _is_pinned(self, run: Tensor) -> bool:
+        """Asks the driver once per address, which takes a while: allocators keep pinned memory. Where that was given up
+        nevertheless, the driver stages the rows itself."""
+        address = run.data_ptr()
+        if address in self._pinned_at:
+            return True
+        if not run.is_pinned():
+            return False
+        if len(self._pinned_at) >= MOST_ADDRESSES:
+            self._pinned_at.clear()
+        self._pinned_at.add(address)
+        return True
 
     def return_rows(self) -> None:
         """Until the device has read the rows that were sent from the caller's own memory."""
@@ -134,11 +147,13 @@ class StagingSlot:
         """Notes that everything read from here has been queued on the stream."""
         if self.event is not None:
             self.event.record(stream)
+            self._recorded = True
 
     def wait(self) -> None:
         """Until the device has read what was written here last."""
         if self.reader is not None:
             self.reader()
             self.reader = None
-        if self.event is not None and not self.event.query():
+        if self.event is not None and self._recorded:
             self.event.synchronize()
+            self._recorded = False

@@ -97,9 +97,10 @@ class Staging:
         if all(rows.device != self._device for rows in pixels):
             self._sent = slot = buffers.arena.next_slot()
             landing, filled = land_rows(pixels, slot, stream)
-            landed = intake.rows_of(landing)
-            assert landed is not None, "landing rows lie on the device, one after another, in the tower's dtype"
-            dtype, address, _ = landed
+            if slot.landed is None:
+                slot.landed = intake.rows_of(landing)
+            assert slot.landed is not None, "landing rows lie on the device, one after another, in the tower's dtype"
+            dtype, address, _ = slot.landed
             return Request(places, dtype, address, filled * landing.shape[1])
         self._bring_rows(buffers, pixels, stream)
         return Request(places)
