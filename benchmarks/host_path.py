@@ -8,8 +8,11 @@ their staging; `launch` the driver's graph launch; `after` the copies of the res
 already works. Then the launch alone, for a few budgets. Random weights.
 
 The GPU is `idle` (each call waits for the one before), `busy` (two calls before it are in flight) or `behind` (the host
-never waits, so calls queue up). A host that waits comes back to cold caches: `python` is the time of the same few lines
-of Python in each state, started where the call would start.
+never waits, so calls queue up). Sizes and views of the pixels are made right before each call, as a caller's are.
+
+A host that waits comes back to cold caches, and others who use it make them colder. `python` says by how much: the time
+of the same few lines of Python, measured where every second call would start. Every line is measured in several rounds
+spread over the run; it shows the round in which `python` took least.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import random
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -34,8 +37,11 @@ PLACES = ("device", "pinned", "pageable")
 HOST_ITEMS = 8
 LAUNCHED_TOKENS = (64, 256, 1024, 4096)
 MOST_PATCHES = 8192
-RUNS, WARMUP = 60, 5
-IN_FLIGHT = {"idle": 0, "busy": 2, "behind": RUNS + WARMUP}
+ROUNDS, RUNS, WARMUP = 8, 12, 6
+CALLS = WARMUP + 2 * RUNS
+"""Of a round: the first ones count for nothing, then every second one is timed, and every other begins with Python."""
+
+IN_FLIGHT = {"idle": 0, "busy": 2, "behind": CALLS}
 """State of the GPU -> calls that may be in flight when another one starts."""
 
 Call = tuple[torch.Tensor, list[Grid]]
@@ -58,9 +64,14 @@ def paced(calls: Iterable[Callable[[], object]], gpu: str) -> Iterator[tuple[flo
     """Start and end of each call, seconds, the GPU in one of the states of IN_FLIGHT."""
     in_flight: deque[torch.cuda.Event] = deque()
     torch.cuda.synchronize()
-    for call in calls:
+    upcoming = iter(calls)
+    while True:
         while len(in_flight) > IN_FLIGHT[gpu]:
             _wait(in_flight.popleft())
+        # Only now: a generator makes a call's inputs here.
+        call = next(upcoming, None)
+        if call is None:
+            return
         start = time.perf_counter()
         call()
         end = time.perf_counter()
@@ -89,65 +100,76 @@ def fresh_batches(items: int) -> list[list[Grid]]:
     """Images of many sizes, each batch another one."""
     choose, sides = random.Random(0), range(2, side_of(items) + 1, 2)
     batches: dict[tuple[Grid, ...], None] = {}
-    while len(batches) < WARMUP + RUNS:
+    while len(batches) < CALLS:
         batches[tuple(Grid(1, choose.choice(sides), choose.choice(sides)) for _ in range(items))] = None
     return [list(batch) for batch in batches]
 
 
-def make_calls(encoder: VisionEncoder, items: int, place: str, fresh: bool) -> list[Call]:
-    """The inputs of one line, made ahead: all calls share their pixels."""
+def make_calls(encoder: VisionEncoder, items: int, place: str, fresh: bool) -> Iterator[Call]:
+    """The inputs of one line, each made when it is asked for; all calls share their pixels."""
     side = side_of(items)
     shape = items * side * side, encoder.spec.patch_width
     at = encoder.device if place == "device" else torch.device("cpu")
     pixels = torch.zeros(shape, dtype=encoder.dtype, device=at, pin_memory=place == "pinned").fill_(0.5)
-    if not fresh:
-        return [(pixels, [Grid(1, side, side)] * items)] * (WARMUP + RUNS)
-    batches = fresh_batches(items)
-    # The sizes are known, the combination is not: forget what an earlier line left.
+    batches = fresh_batches(items) if fresh else [[Grid(1, side, side)] * items] * CALLS
+    # The sizes are known, a new combination is not: forget what an earlier line left.
     encoder.engine.planner.cost = replace(encoder.engine.planner.cost)  # and with it the plans
     encoder.engine._prepared.clear()
     for grids in batches:
         encoder.engine.warm_metadata(grids)
-    return [(pixels[: sum(grid.patches for grid in grids)], grids) for grids in batches]
+    rows = [sum(grid.patches for grid in grids) for grids in batches]
+    return ((pixels[:n], [Grid(*grid) for grid in grids]) for n, grids in zip(rows, batches, strict=True))
 
 
-def line(
+def one_round(
     encoder: VisionEncoder, launches: Launches, items: int, place: str, fresh: bool, gpu: str
-) -> dict[str, object]:
-    """One line of the table. Where a batch needs several packs, `launch` is that of the first."""
-    calls = make_calls(encoder, items, place, fresh)
+) -> dict[str, float]:
+    """Microseconds of one round of a line. Where a batch needs several packs, `launch` is that of the first."""
+    python: list[float] = []
+    calls = (partial(encoder.encode_patches, *call) for call in make_calls(encoder, items, place, fresh))
     times = []
     launches.clear()
-    for start, end in paced([partial(encoder.encode_patches, *call) for call in calls], gpu):
+    for start, end in paced(every_second_after_python(calls, python), gpu):
         launched, done = launches[0]
         times.append((launched - start, done - launched, end - done))
         launches.clear()
-    before, launch, after = (statistics.median(t[k] for t in times[WARMUP:]) * 1e6 for k in range(3))
+    timed = times[WARMUP::2]
+    before, launch, after = (statistics.median(t[k] for t in timed) * 1e6 for k in range(3))
     return {
-        "items": items, "pixels": place, "batch": "new" if fresh else "known", "gpu": gpu,
         "before_us": before, "launch_us": launch, "after_us": after, "before_and_launch_us": before + launch,
-        "least_before_us": tenth([t[0] for t in times[WARMUP:]]) * 1e6,
+        "least_before_us": tenth([t[0] for t in timed]) * 1e6,
+        "python_us": statistics.median(python[WARMUP // 2 :]) * 1e6,
     }  # fmt: skip
+
+
+def every_second_after_python(
+    calls: Iterable[Callable[[], object]], python: list[float]
+) -> Iterator[Callable[[], object]]:
+    """The calls; before every second one, `some_python` runs, and how long it took is noted.
+
+    Args:
+        calls: an even number of them is not timed, then one is timed and one is not in turn.
+        python: receives seconds.
+    """
+
+    def after_python(call: Callable[[], object]) -> None:
+        start = time.perf_counter()
+        some_python()
+        python.append(time.perf_counter() - start)
+        call()
+
+    for number, call in enumerate(calls):
+        yield partial(after_python, call) if number % 2 else call
+
+
+def quietest(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The round in which plain Python took least: what it says of the calls has no part in the choice."""
+    return min(rounds, key=lambda one: one["python_us"])
 
 
 def tenth(times: list[float]) -> float:
     """What one call in ten takes at most: what a shared machine does meanwhile is not in it."""
     return statistics.quantiles(times, n=10)[0]
-
-
-def python_line(encoder: VisionEncoder, items: int, gpu: str) -> float:
-    """Microseconds of `some_python` where a call of so many items would start."""
-    times = []
-
-    def call(pixels: torch.Tensor, grids: list[Grid]) -> None:
-        start = time.perf_counter()
-        some_python()
-        times.append(time.perf_counter() - start)
-        encoder.encode_patches(pixels, grids)
-
-    for _ in paced([partial(call, *one) for one in make_calls(encoder, items, "device", False)], gpu):
-        pass
-    return statistics.median(times[WARMUP:]) * 1e6
 
 
 def launch_line(encoder: VisionEncoder, tokens: int, gpu: str) -> dict[str, object]:
@@ -157,7 +179,7 @@ def launch_line(encoder: VisionEncoder, tokens: int, gpu: str) -> dict[str, obje
     )
     encoder.engine.stage(index, usual_items(encoder.spec, encoder.budgets[index]))
     replay = encoder.engine.captured(index).replay
-    times = [end - start for start, end in paced([replay] * (WARMUP + RUNS), gpu)]
+    times = [end - start for start, end in paced([replay] * CALLS, gpu)]
     return {
         "tokens": encoder.budgets[index].tokens, "gpu": gpu,
         "launch_us": statistics.median(times[WARMUP:]) * 1e6,
@@ -170,28 +192,27 @@ def main() -> None:
     with make_encoder(chosen.geometry, strict=True) as encoder:
         encoder.capture(progress=False)
         alone = [launch_line(encoder, tokens, gpu) for tokens in LAUNCHED_TOKENS for gpu in IN_FLIGHT]
-        python = {items: {gpu: python_line(encoder, items, gpu) for gpu in IN_FLIGHT} for items in ITEMS}
         launches: Launches = []
         for graphs in (encoder.engine.ladder.graphs, encoder.engine.ladder.long):
             for index, graph in list(graphs.items()):
                 graphs[index] = replace(graph, graph=Watched(graph.graph, launches))  # type: ignore[arg-type]
-        kinds = [(n, "device", fresh) for fresh in (False, True) for n in ITEMS]
-        lines = [line(encoder, launches, *kind, gpu) for kind in kinds for gpu in IN_FLIGHT]
+        kinds = [(n, "device", fresh, gpu) for fresh in (False, True) for n in ITEMS for gpu in IN_FLIGHT]
         # What is staged waits for its slot: two calls may be in flight, no more.
-        staged = [(HOST_ITEMS, place, False) for place in PLACES[1:]]
-        lines += [line(encoder, launches, *kind, gpu) for kind in staged for gpu in ("idle", "busy")]
-    for r in lines:
+        kinds += [(HOST_ITEMS, place, False, gpu) for place in PLACES[1:] for gpu in ("idle", "busy")]
+        rounds = [[one_round(encoder, launches, *kind) for kind in kinds] for _ in range(ROUNDS)]
+    lines = []
+    for (items, place, fresh, gpu), *own in zip(kinds, *rounds, strict=True):
+        batch, found = "new" if fresh else "known", quietest(own)
+        lines.append({"items": items, "pixels": place, "batch": batch, "gpu": gpu, **found, "rounds": own})
         print(
-            f"{r['items']:3} items, {r['batch']:5} batch, pixels {r['pixels']:8} gpu {r['gpu']:6}  "
-            f"before {r['before_us']:7.1f} us (one in ten {r['least_before_us']:6.1f})  "
-            f"launch {r['launch_us']:6.1f} us  after {r['after_us']:7.1f} us  "
-            f"before + launch {r['before_and_launch_us']:7.1f} us"
+            f"{items:3} items, {batch:5} batch, pixels {place:8} gpu {gpu:6}  "
+            f"before {found['before_us']:6.1f} us (one in ten {found['least_before_us']:6.1f})  "
+            f"launch {found['launch_us']:5.1f} us  both {found['before_and_launch_us']:6.1f} us  "
+            f"after {found['after_us']:6.1f} us  python {found['python_us']:5.1f} us"
         )
     for r in alone:
         print(f"launch alone, {r['tokens']:5} tokens, gpu {r['gpu']:6}  {r['launch_us']:6.1f} us")
-    for items, times in python.items():
-        print(f"python, {items:3} items  " + "  ".join(f"gpu {gpu} {us:5.1f} us" for gpu, us in times.items()))
-    results = {"calls": lines, "launches": alone, "python_us": python}
+    results = {"calls": lines, "launches": alone}
     write_report(chosen.json, results, geometry=chosen.geometry)
 
 

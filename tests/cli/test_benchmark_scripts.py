@@ -81,6 +81,25 @@ def test_new_batches_of_the_host_path_differ_and_fit() -> None:
     host_path = importlib.import_module("host_path")
     for items in host_path.ITEMS:
         batches = host_path.fresh_batches(items)
-        assert len({tuple(grids) for grids in batches}) == len(batches) == host_path.WARMUP + host_path.RUNS
+        assert len({tuple(grids) for grids in batches}) == len(batches) == host_path.CALLS
         assert {len(grids) for grids in batches} == {items}
         assert max(sum(grid.patches for grid in grids) for grids in batches) <= host_path.MOST_PATCHES
+
+
+def test_the_calls_that_the_host_path_times_do_not_follow_its_reference() -> None:
+    host_path = importlib.import_module("host_path")
+    python: list[float] = []
+    seen = []
+    calls = [lambda number=number: seen.append((number, len(python))) for number in range(host_path.CALLS)]
+    for call in host_path.every_second_after_python(calls, python):
+        call()
+    timed = seen[host_path.WARMUP :: 2]
+    assert len(timed) == host_path.RUNS == len(python[host_path.WARMUP // 2 :])
+    assert all(before == number // 2 for number, before in timed), "none of them just ran the reference"
+    assert all(before == number // 2 + 1 for number, before in seen[1::2])
+
+
+def test_the_host_path_shows_the_round_in_which_plain_python_took_least() -> None:
+    host_path = importlib.import_module("host_path")
+    rounds = [{"python_us": 9.0, "before_us": 20.0}, {"python_us": 8.0, "before_us": 30.0}]
+    assert host_path.quietest(rounds) is rounds[1]
