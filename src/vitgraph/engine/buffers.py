@@ -276,6 +276,7 @@ class StaticBuffers:
         inputs: what the tower's forward reads; addresses never change.
         long: the same for packs of one or of long segments.
         outputs: each `[levels, rows, width]`, where a captured forward leaves its results.
+        row_kinds: what the rows of each output count.
     """
 
     layout: MetadataLayout
@@ -283,6 +284,7 @@ class StaticBuffers:
     inputs: TowerBuffers
     long: TowerBuffers
     outputs: tuple[Tensor, ...]
+    row_kinds: tuple[str, ...]
     arena: Arena = field(repr=False)
 
     @classmethod
@@ -296,16 +298,12 @@ class StaticBuffers:
         outputs = arena.outputs(spec, capacity)
         inputs = TowerBuffers(arena.pixels[: capacity["patch"]], metadata, segments, outputs)
         long = replace(inputs, segments={name: replace(own, long=True) for name, own in segments.items()})
-        return cls(layout, arena.block[: layout.nbytes], inputs, long, outputs, arena)
+        kinds = tuple(output.rows for output in spec.outputs)
+        return cls(layout, arena.block[: layout.nbytes], inputs, long, outputs, kinds, arena)
 
-    def outputs_of(self, counts: Counts, kinds: Sequence[str]) -> tuple[Tensor, ...]:
-        """The rows of the outputs that a pack fills.
-
-        Args:
-            counts: of the pack.
-            kinds: what the rows of each output count.
-        """
-        return tuple([output[:, : counts[kind]] for output, kind in zip(self.outputs, kinds, strict=True)])
+    def outputs_of(self, counts: Counts) -> tuple[Tensor, ...]:
+        """The rows of the outputs that a pack of these counts fills."""
+        return tuple([output[:, : counts[kind]] for output, kind in zip(self.outputs, self.row_kinds, strict=True)])
 
     def inputs_of(self, long: bool) -> TowerBuffers:
         """What a forward reads.

@@ -20,24 +20,20 @@ MOST_PREPARED = 1024
 
 @dataclass(eq=False)
 class PreparedReplay:
-    """A batch that is one pack in one budget, with everything looked up.
+    """A batch that is one pack in one budget, with everything looked up that a launch needs.
 
     Attributes:
         pack: the only one of the batch.
-        tokens: of its budget.
-        buffers: of its budget.
         shape: of the pixel rows, `[P, patch_width]`.
-        row_kinds: what the rows of each output count.
+        buffers: of the budget.
         graph: what is replayed; None without a graph.
         long: whether that is the budget's second graph.
         cost: the model that chose the pack.
     """
 
     pack: Pack
-    tokens: int
-    buffers: StaticBuffers
     shape: torch.Size
-    row_kinds: tuple[str, ...]
+    buffers: StaticBuffers
     graph: CapturedGraph | None
     long: bool
     cost: CostModel
@@ -45,7 +41,12 @@ class PreparedReplay:
     @cached_property
     def outputs(self) -> tuple[Tensor, ...]:
         """Static, each `[levels, rows, width]`, narrowed to the pack's rows. Made while the first replay runs."""
-        return self.buffers.outputs_of(self.pack.counts, self.row_kinds)
+        return self.buffers.outputs_of(self.pack.counts)
+
+    @property
+    def tokens(self) -> int:
+        """Of the budget."""
+        return self.buffers.layout.capacity["token"]
 
 
 class PreparedReplays:

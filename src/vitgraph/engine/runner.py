@@ -64,7 +64,6 @@ class PackRunner:
         self._ladder, self._staging, self._order, self._counters = ladder, staging, order, counters
         self._on_device = device.type == "cuda"
         self._verbose = config.verbose
-        self._row_kinds = tuple(output.rows for output in spec.outputs)
 
     def run(self, pack: Pack, pixels: Sequence[PieceRows], mode: Mode) -> Outputs:
         """The pack's outputs, in memory of their own.
@@ -121,16 +120,7 @@ class PackRunner:
         graph = self._graph(pack.budget, long)
         if self._on_device and graph is None:
             return None
-        return PreparedReplay(
-            pack=pack,
-            tokens=self._ladder.budgets[pack.budget].tokens,
-            buffers=buffers,
-            shape=shape,
-            row_kinds=self._row_kinds,
-            graph=graph,
-            long=long,
-            cost=planner.cost,
-        )
+        return PreparedReplay(pack, shape, buffers, graph, long, planner.cost)
 
     def is_current(self, prepared: PreparedReplay, planner: Planner) -> bool:
         """Whether everything that it rests on is what it was.
@@ -172,7 +162,7 @@ class PackRunner:
             self._launch(graph, buffers, long, pack, pixels, stream)
             self._counters.stats.graph_replays += captured
             # The next replay writes over this memory, so the caller gets a copy of the rows that are his.
-            return tuple([output.clone() for output in buffers.outputs_of(pack.counts, self._row_kinds)])
+            return tuple([output.clone() for output in buffers.outputs_of(pack.counts)])
         finally:
             self._order.leave(stream)
             self._staging.return_rows()
