@@ -189,7 +189,7 @@ class VisionEncoder:
 
     def plan(self, grids: Iterable[Sequence[int]]) -> list[Pack]:
         """How items of these (t, h, w) grids would be packed."""
-        return self.engine.plan(self._batch([self._know(grid) for grid in grids]))
+        return self.engine.plan(Grids([self._know(grid) for grid in grids], self.engine.planner))
 
     def encode(self, images: Sequence[ImageInput], on_error: OnError = "raise", mode: Mode = "auto") -> list[Any]:
         """Encodes images and clips of any size.
@@ -238,8 +238,8 @@ class VisionEncoder:
         if again is not None:
             return again
         grids = self._grids_of(grid_thw, key)
-        rows = self._check_rows(pixel_values, self.engine.patches(grids))
-        return self.engine.embed(rows, grids, mode, key if isinstance(key, bytes) else None) if grids else []
+        rows = self._check_rows(pixel_values, self.engine.planner.patches(grids))
+        return self.engine.embed(rows, grids, mode, key if isinstance(key, bytes) else None) if grids.known else []
 
     def release(self) -> None:
         """Frees graphs and static buffers. The encoder cannot encode afterwards."""
@@ -279,16 +279,13 @@ class VisionEncoder:
         known = self._known
         rows: Any = np.frombuffer(key, GRID_ROW).tolist() if isinstance(key, bytes) else key
         try:
-            return self._batch([known[row] for row in rows])
+            found = [known[row] for row in rows]
         except (KeyError, TypeError):  # new ones, or what is no key
             found = [self._know(grid) for grid in _host_grids(grid_thw)]
-        if isinstance(key, bytes):
-            known.update(zip(rows, found, strict=True))
-        return self._batch(found)
-
-    def _batch(self, known: list[KnownGrid]) -> Grids:
+            if isinstance(key, bytes):
+                known.update(zip(rows, found, strict=True))
         # What an earlier planner of the same engine knew is as good.
-        return Grids(known, self.engine.planner)
+        return Grids(found, self.engine.planner)
 
     def _know(self, grid: Sequence[int]) -> KnownGrid:
         key = tuple(grid)

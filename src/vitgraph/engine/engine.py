@@ -98,10 +98,6 @@ class Engine:
         with self._lock:
             return self.planner.known(grid)
 
-    def patches(self, grids: Grids) -> int:
-        """Patch rows of these items."""
-        return self.planner.patches(grids)
-
     def warm_metadata(self, grids: Iterable[Grid] | None = None) -> None:
         """Computes the metadata of grids ahead of their first use. What is captured keeps it on the device, too.
 
