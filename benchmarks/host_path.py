@@ -5,7 +5,8 @@
 Needs a CUDA device. Medians over calls of one batch that came before (`known`), and of batches of known sizes that come
 for the first time (`new`), and what one call in ten takes at most. `before` is plan, request and, for rows on the host,
 their staging; `launch` the driver's graph launch; `after` the copies of the results and their split, while the GPU
-already works. Then the launch alone, for a few budgets. Random weights.
+already works. One batch takes several packs; for it, `before` ends at the first launch, and the others follow while the
+GPU works. Then the launch alone, for a few budgets. Random weights.
 
 The GPU is `idle` (each call waits for the one before), `busy` (two calls before it are in flight) or `behind` (the host
 never waits, so calls queue up). Sizes and views of the pixels are made right before each call, as a caller's are.
@@ -35,6 +36,9 @@ from vitgraph.engine.measure import usual_items
 ITEMS = (1, 2, 4, 8, 20, 64)
 PLACES = ("device", "pinned", "pageable")
 HOST_ITEMS = 8
+SEVERAL_PACKS = 64, 20
+"""Items and their side in patches."""
+
 LAUNCHED_TOKENS = (64, 256, 1024, 4096)
 MOST_PATCHES = 8192
 ROUNDS, RUNS, WARMUP = 8, 12, 6
@@ -96,22 +100,21 @@ def side_of(items: int) -> int:
     return min(20, int((MOST_PATCHES / items) ** 0.5) // 2 * 2)
 
 
-def fresh_batches(items: int) -> list[list[Grid]]:
+def fresh_batches(items: int, most_side: int) -> list[list[Grid]]:
     """Images of many sizes, each batch another one."""
-    choose, sides = random.Random(0), range(2, side_of(items) + 1, 2)
+    choose, sides = random.Random(0), range(2, most_side + 1, 2)
     batches: dict[tuple[Grid, ...], None] = {}
     while len(batches) < CALLS:
         batches[tuple(Grid(1, choose.choice(sides), choose.choice(sides)) for _ in range(items))] = None
     return [list(batch) for batch in batches]
 
 
-def make_calls(encoder: VisionEncoder, items: int, place: str, fresh: bool) -> Iterator[Call]:
+def make_calls(encoder: VisionEncoder, items: int, side: int, place: str, fresh: bool) -> Iterator[Call]:
     """The inputs of one line, each made when it is asked for; all calls share their pixels."""
-    side = side_of(items)
     shape = items * side * side, encoder.spec.patch_width
     at = encoder.device if place == "device" else torch.device("cpu")
     pixels = torch.zeros(shape, dtype=encoder.dtype, device=at, pin_memory=place == "pinned").fill_(0.5)
-    batches = fresh_batches(items) if fresh else [[Grid(1, side, side)] * items] * CALLS
+    batches = fresh_batches(items, side) if fresh else [[Grid(1, side, side)] * items] * CALLS
     # The sizes are known, a new combination is not: forget what an earlier line left.
     encoder.engine.planner.cost = replace(encoder.engine.planner.cost)  # and with it the plans
     encoder.engine._prepared.clear()
@@ -122,11 +125,11 @@ def make_calls(encoder: VisionEncoder, items: int, place: str, fresh: bool) -> I
 
 
 def one_round(
-    encoder: VisionEncoder, launches: Launches, items: int, place: str, fresh: bool, gpu: str
+    encoder: VisionEncoder, launches: Launches, items: int, side: int, place: str, fresh: bool, gpu: str
 ) -> dict[str, float]:
-    """Microseconds of one round of a line. Where a batch needs several packs, `launch` is that of the first."""
+    """Microseconds of one round of a line. Where a batch takes several packs, `launch` is that of the first."""
     python: list[float] = []
-    calls = (partial(encoder.encode_patches, *call) for call in make_calls(encoder, items, place, fresh))
+    calls = (partial(encoder.encode_patches, *call) for call in make_calls(encoder, items, side, place, fresh))
     times = []
     launches.clear()
     for start, end in paced(every_second_after_python(calls, python), gpu):
@@ -196,16 +199,20 @@ def main() -> None:
         for graphs in (encoder.engine.ladder.graphs, encoder.engine.ladder.long):
             for index, graph in list(graphs.items()):
                 graphs[index] = replace(graph, graph=Watched(graph.graph, launches))  # type: ignore[arg-type]
-        kinds = [(n, "device", fresh, gpu) for fresh in (False, True) for n in ITEMS for gpu in IN_FLIGHT]
+        sizes = [(items, side_of(items)) for items in ITEMS]
+        kinds = [(*size, "device", fresh, gpu) for fresh in (False, True) for size in sizes for gpu in IN_FLIGHT]
         # What is staged waits for its slot: two calls may be in flight, no more.
-        kinds += [(HOST_ITEMS, place, False, gpu) for place in PLACES[1:] for gpu in ("idle", "busy")]
+        staged = [(HOST_ITEMS, side_of(HOST_ITEMS), place) for place in PLACES[1:]]
+        kinds += [(*one, False, gpu) for one in (*staged, (*SEVERAL_PACKS, "device")) for gpu in ("idle", "busy")]
         rounds = [[one_round(encoder, launches, *kind) for kind in kinds] for _ in range(ROUNDS)]
     lines = []
-    for (items, place, fresh, gpu), *own in zip(kinds, *rounds, strict=True):
+    for (items, side, place, fresh, gpu), *own in zip(kinds, *rounds, strict=True):
         batch, found = "new" if fresh else "known", quietest(own)
-        lines.append({"items": items, "pixels": place, "batch": batch, "gpu": gpu, **found, "rounds": own})
+        lines.append(
+            {"items": items, "side": side, "pixels": place, "batch": batch, "gpu": gpu, **found, "rounds": own}
+        )
         print(
-            f"{items:3} items, {batch:5} batch, pixels {place:8} gpu {gpu:6}  "
+            f"{items:3} items, side {side:2}, {batch:5} batch, pixels {place:8} gpu {gpu:6}  "
             f"before {found['before_us']:6.1f} us (one in ten {found['least_before_us']:6.1f})  "
             f"launch {found['launch_us']:5.1f} us  both {found['before_and_launch_us']:6.1f} us  "
             f"after {found['after_us']:6.1f} us  python {found['python_us']:5.1f} us"

@@ -178,6 +178,20 @@ class Pack:
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
             return self.__dict__.setdefault(name, tuple(map(Piece, range(len(self.grids)), self.grids)))
 
+    def locate(self, starts: Sequence[int]) -> None:
+        """Notes where its pixel rows lie in those of its batch.
+
+        Args:
+            starts: of every item of the batch its first row.
+        """
+        self.__dict__["stretches"] = tuple(_stretches(self.pieces, starts))
+
+    @cached_property
+    def stretches(self) -> tuple[tuple[int, int], ...]:
+        """Where its pixel rows lie in those of its batch: first row and number of rows of each stretch. A pack that was
+        not located has all of them."""
+        return ((0, self.counts["patch"]),)
+
     @cached_property
     def grids(self) -> Sequence[Grid]:
         """Grids of the pieces."""
@@ -192,6 +206,19 @@ class Pack:
             (_,) = self.pieces  # what no planner placed runs alone
             rows = [self.counts["token"]]
         return tuple(zip(self.grids, accumulate(rows, initial=0), rows, strict=False))
+
+
+def _stretches(pieces: Iterable[Piece], starts: Sequence[int]) -> Iterator[tuple[int, int]]:
+    begin = end = 0
+    for item, grid, first_frame in pieces:
+        # Frames are contiguous in every row order.
+        row = starts[item] + first_frame * grid.h * grid.w
+        if row != end:
+            if end > begin:
+                yield begin, end - begin
+            begin = row
+        end = row + grid.patches
+    yield begin, end - begin
 
 
 def sum_counts(parts: Iterable[Counts]) -> dict[str, int]:

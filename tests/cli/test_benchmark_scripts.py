@@ -80,7 +80,7 @@ def test_flops_of_the_tower_as_counted_by_hand() -> None:
 def test_new_batches_of_the_host_path_differ_and_fit() -> None:
     host_path = importlib.import_module("host_path")
     for items in host_path.ITEMS:
-        batches = host_path.fresh_batches(items)
+        batches = host_path.fresh_batches(items, host_path.side_of(items))
         assert len({tuple(grids) for grids in batches}) == len(batches) == host_path.CALLS
         assert {len(grids) for grids in batches} == {items}
         assert max(sum(grid.patches for grid in grids) for grids in batches) <= host_path.MOST_PATCHES

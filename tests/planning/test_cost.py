@@ -14,7 +14,7 @@ from packing_rule import Rule
 from vitgraph.config import EncoderConfig
 from vitgraph.core import Grid, fits
 from vitgraph.planning.budgets import make_budgets
-from vitgraph.planning.cost import CostModel, are_long, load_of, segments_are_long
+from vitgraph.planning.cost import SPLIT_US, CostModel, are_long, load_of, segments_are_long
 from vitgraph.planning.packing import EAGER_IS_FASTER, Planner
 from vitgraph.planning.search import Prices, best_fit, best_runs, greedy
 
@@ -138,6 +138,14 @@ def test_a_wide_gap_in_the_ladder_is_filled_by_two_replays() -> None:
     assert [pack.budget for pack in Planner(RULE, budgets, even).plan(items)] == [1]
     slight = CostModel((100.0, 204.0), (0.0, 0.0), rows_of(budgets))
     assert not slight.splitting_helps(1), "2 % are within the noise of timings"
+
+
+def test_a_batch_is_split_only_for_more_time_than_the_search_takes() -> None:
+    rows = rows_of(ladder(64, 512))
+    little = CostModel((1000.0, 2000.0 + SPLIT_US), (0.0, 0.0), rows)
+    assert not little.splitting_helps(1)
+    assert replace(little, unit="token").splitting_helps(1), "a guess tells no microseconds"
+    assert replace(little, fixed=(1000.0, 2001.0 + SPLIT_US)).splitting_helps(1)
 
 
 def test_a_larger_budget_is_taken_where_it_is_cheaper() -> None:

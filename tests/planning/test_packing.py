@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from itertools import accumulate
 
 import pytest
 from hypothesis import given
@@ -44,6 +45,23 @@ def test_every_item_runs_once_within_every_limit(items, ladder, max_items, max_f
 
     assert sorted(frames) == list(range(len(items)))
     assert all(sorted(seen) == list(range(items[item].t)) for item, seen in frames.items())
+
+
+@given(st.lists(grids, max_size=30), ladders, st.booleans())
+def test_a_pack_knows_where_its_rows_lie_in_those_of_the_batch(items, ladder, splits) -> None:
+    rule = Rule(splits)
+    planner = Planner(rule, make_budgets(rule, EncoderConfig(budgets=tuple(ladder))))
+    starts = [0, *accumulate(grid.patches for grid in items)]
+    for _ in range(2):  # the second plan is the first one
+        for pack in planner.plan(items):
+            rows = []
+            for item, grid, first_frame in pack.pieces:
+                first = starts[item] + first_frame * grid.h * grid.w
+                rows += range(first, first + grid.patches)
+            assert [row for first, count in pack.stretches for row in range(first, first + count)] == rows
+            ends = [first + count for first, count in pack.stretches]
+            assert all(end != first for end, (first, _) in zip(ends, pack.stretches[1:], strict=False))
+            assert all(count for _, count in pack.stretches)
 
 
 @given(st.lists(grids, max_size=30), ladders)

@@ -267,8 +267,6 @@ class Engine:
                 rows = [own.detach() for own in rows]
             elif rows.requires_grad:
                 rows = rows.detach()
-            if isinstance(rows, Tensor) and not (len(packs) == 1 and len(packs[0].grids) == len(grids)):
-                rows = rows.split([grid.patches for grid in grids])
             return [(pack, self._runner.run(pack, pixels_of(pack, rows), mode)) for pack in packs]
 
     def _replay_together(self, rows: Tensor | Sequence[Tensor], grids: Grids, key: Hashable | None) -> Ran | None:

@@ -218,14 +218,14 @@ class Staging:
 
 
 def pixels_of(pack: Pack, rows: Tensor | Sequence[Tensor]) -> list[PieceRows]:
-    """Rows of the pack's pieces.
+    """Rows of the pack's pieces, in row order.
 
     Args:
         pack: whose pieces are meant.
-        rows: one tensor with the rows of all pieces, or per item its rows.
+        rows: one tensor with the rows of all items of the batch, or per item its rows.
     """
     if isinstance(rows, Tensor):
-        return [rows]
+        return [rows if count == rows.shape[0] else rows.narrow(0, first, count) for first, count in pack.stretches]
     found = []
     for item, grid, first_frame in pack.pieces:
         own = rows[item]

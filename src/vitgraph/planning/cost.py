@@ -18,7 +18,9 @@ FLOOR_TOKENS = 192
 """A guess: launching a graph of any size costs as much as computing this many tokens."""
 
 SPLIT_MARGIN = 0.97
-"""What fits one pack is split only for a gain beyond the noise of timings: the search and a launch take time, too."""
+SPLIT_US = 500.0
+"""What fits one pack is split only for a gain beyond the noise of timings, which is worth the search: on the host that
+takes about as long for some twenty items, and only batches that came before are spared it."""
 
 LONG_ROWS = 3072
 """Mean length from which a pack's segments are long: there the kernels of packs of one segment suit several as well."""
@@ -130,7 +132,8 @@ class CostModel:
         return tuple(reversed(found))
 
     def splitting_helps(self, budget: int) -> bool:
-        """Whether several smaller budgets that hold as many rows may cost less than SPLIT_MARGIN of this one."""
+        """Whether several smaller budgets that hold as many rows may cost less than this one, by SPLIT_MARGIN and, if
+        the model was measured, by SPLIT_US."""
         return self._splits[budget]
 
     @cached_property
@@ -138,12 +141,12 @@ class CostModel:
         rows, fixed = np.asarray(self.rows), np.asarray(self.fixed)
         # cover[k]: no choice of budgets that together hold one row more than budget k - 1 costs less.
         cover = np.minimum.accumulate(fixed[::-1])[::-1].copy()
-        helps = [False]
+        helps, worth = [False], SPLIT_US if self.unit == "us" else 0.0
         for index in range(1, len(rows)):
             # A pack in this budget has more rows than the budget below it holds, or it would run there.
             rest = np.searchsorted(rows, rows[index - 1] + 1 - rows[:index])
             several = (fixed[:index] + cover[rest]).min()
-            helps.append(bool(several < SPLIT_MARGIN * fixed[index]))
+            helps.append(bool(several < SPLIT_MARGIN * fixed[index] and several < fixed[index] - worth))
             cover[index] = min(cover[index], several)
         return tuple(helps)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import Protocol
 
 from vitgraph.core import MOST_PATCHES, Counts, Grid, Grids, KnownGrid, Pack, Piece, exceeded, fits
@@ -99,6 +100,9 @@ class Planner:
         packs = self._plans.get(key)
         if packs is None:
             packs = tuple(self._several(grids, split, eager))
+            starts = [0, *accumulate(grid.patches for grid in grids)]
+            for pack in packs:
+                pack.locate(starts)
             if len(grids) <= MOST_PLANNED_ITEMS:
                 self._plans[key] = packs
                 if len(self._plans) > MOST_PLANS:
