@@ -96,7 +96,7 @@ class StagingSlot:
         """
         landing, copies = self._landing, self._copies
         stream = stream or torch.cuda.current_stream(self._device)
-        # The stream's own context manager: `torch.cuda.stream` and `set_stream` take longer than a pinned copy.
+        # The stream's own context manager takes less time than `torch.cuda.stream` and than `set_stream` twice.
         with copies:
             for row, run in runs:
                 self._send(self._landing_of(row, run.shape[0]), run, row)
