@@ -52,3 +52,25 @@ def test_the_driver_is_asked_once_per_address_whether_rows_are_pinned(monkeypatc
     monkeypatch.setattr(torch.Tensor, "is_pinned", lambda rows: True)
     slot._send(landing, pageable, 0)
     assert slot._pinned_at == {pageable.data_ptr()}, "kept in bounds"
+
+
+def test_what_was_recorded_is_waited_for_once() -> None:
+    class Event:
+        def __init__(self) -> None:
+            self.calls: list[str] = []
+
+        def record(self, stream: object) -> None:
+            self.calls.append("record")
+
+        def synchronize(self) -> None:
+            self.calls.append("synchronize")
+
+    slot, event = StagingSlot(16, (12, 4), torch.float32, torch.device("cpu")), Event()
+    slot.event = event  # type: ignore[assignment]
+    slot.wait()
+    assert not event.calls, "nothing travels yet"
+    for _ in range(2):
+        slot.record(None)
+        slot.wait()
+        slot.wait()
+    assert event.calls == ["record", "synchronize"] * 2
