@@ -50,16 +50,16 @@ def requests() -> list[list[Grid]]:
 class GreedyPlanner(Planner):
     """Ascending greedy packing into the smallest budget that holds each pack; no costs."""
 
-    def plan(self, grids: Sequence[Grid], split: bool = True, eager: bool = True) -> list[Pack]:
+    def one_pack(self, grids: Grids, eager: bool = True) -> Pack | None:
+        packs = self._several(grids, split=False, eager=False)
+        return packs[0] if len(packs) == 1 else None
+
+    def _several(self, grids: Grids, split: bool, eager: bool) -> list[Pack]:
         order = sorted(range(len(grids)), key=lambda i: -grids[i].patches)
-        sizes = [self.known(grids[i]).size for i in order]
+        sizes = [grids.known[i].size for i in order]
         groups = greedy(sizes, tuple(column[-1] for column in self._columns))
         pieces = [sorted(Piece(order[i], grids[order[i]]) for i in group) for group in groups]
         return [self._pack(own, eager=False) for own in pieces]
-
-    def one_pack(self, grids: Grids, eager: bool = True) -> Pack | None:
-        packs = self.plan(grids)
-        return packs[0] if len(packs) == 1 else None
 
 
 def time_requests(run: Callable[[torch.Tensor, list[Grid]], object], width: int) -> list[float]:

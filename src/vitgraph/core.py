@@ -48,6 +48,11 @@ class Piece(NamedTuple):
     grid: Grid
     first_frame: int = 0
 
+    @property
+    def first_row(self) -> int:
+        """Its first patch row within the item. Frames are contiguous in every row order."""
+        return self.first_frame * self.grid.h * self.grid.w
+
 
 @dataclass(slots=True, eq=False)
 class KnownGrid:
@@ -158,7 +163,8 @@ class Pack:
     def of_whole_items(cls, grids: Grids, counts: Counts, budget: int | None, reason: str = "") -> Pack:
         """Items in the caller's order, none of them cut. Their pieces are made when they are asked for."""
         made = object.__new__(cls)
-        made.__dict__.update(grids=grids, counts=counts, budget=budget, reason=reason)
+        stretches = ((0, counts["patch"]),)
+        made.__dict__.update(grids=grids, counts=counts, budget=budget, reason=reason, stretches=stretches)
         return made
 
     @classmethod
@@ -188,9 +194,12 @@ class Pack:
 
     @cached_property
     def stretches(self) -> tuple[tuple[int, int], ...]:
-        """Where its pixel rows lie in those of its batch: first row and number of rows of each stretch. A pack that was
-        not located has all of them."""
-        return ((0, self.counts["patch"]),)
+        """Where its pixel rows lie in those of its batch: first row and number of rows of each stretch.
+
+        Raises:
+            LookupError: for a pack that is neither a whole batch nor was located.
+        """
+        raise LookupError("nobody located this pack in its batch: planners do so in plan().")
 
     @cached_property
     def grids(self) -> Sequence[Grid]:
@@ -210,14 +219,13 @@ class Pack:
 
 def _stretches(pieces: Iterable[Piece], starts: Sequence[int]) -> Iterator[tuple[int, int]]:
     begin = end = 0
-    for item, grid, first_frame in pieces:
-        # Frames are contiguous in every row order.
-        row = starts[item] + first_frame * grid.h * grid.w
+    for piece in pieces:
+        row = starts[piece.item] + piece.first_row
         if row != end:
             if end > begin:
                 yield begin, end - begin
             begin = row
-        end = row + grid.patches
+        end = row + piece.grid.patches
     yield begin, end - begin
 
 

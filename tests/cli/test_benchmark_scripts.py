@@ -61,9 +61,17 @@ def test_online_requests_are_the_stated_mix() -> None:
     assert set(sides) == {14, 20, 28, 42, 64}
     assert sides.count(20) / len(sides) == pytest.approx(0.3, abs=0.05)
     encoder = VisionEncoder.from_config("qwen3_vl", device="cpu", config=EncoderConfig(budgets=(256, 1024)))
-    packs = online.GreedyPlanner(encoder.spec, encoder.budgets).plan([Grid(1, 42, 42), Grid(1, 14, 14)] * 3)
+    grids = [Grid(1, 42, 42), Grid(1, 14, 14)] * 3
+    packs = online.GreedyPlanner(encoder.spec, encoder.budgets).plan(grids)
     assert sorted(piece.item for pack in packs for piece in pack.pieces) == list(range(6))
     assert all(pack.budget is not None for pack in packs)
+    x = torch.randn(sum(grid.patches for grid in grids), encoder.spec.patch_width)
+    want = encoder.encode_patches(x, grids)
+    encoder.engine.planner = online.GreedyPlanner(encoder.spec, encoder.budgets)
+    for _ in range(2):
+        for a, b in zip(encoder.encode_patches(x, grids), want, strict=True):
+            torch.testing.assert_close(a.tokens, b.tokens, rtol=1e-4, atol=1e-5)
+    assert len(packs) > 1, "several packs of several items each lie apart in the rows"
 
 
 def test_flops_of_the_tower_as_counted_by_hand() -> None:

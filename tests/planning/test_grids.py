@@ -44,7 +44,15 @@ def test_no_grids_have_no_size() -> None:
 def test_the_tokens_of_pieces_follow_each_other() -> None:
     plain = [Grid(1, 2, 4), Grid(2, 6, 2), Grid(1, 2, 4)]
     grids = Grids([KnownGrid(grid, {"token": grid.patches // 4}) for grid in plain], None)
-    pack = Pack.of_whole_items(grids, {"token": 10}, 0)
+    pack = Pack.of_whole_items(grids, {"token": 10, "patch": 40}, 0)
     assert pack.spans == ((plain[0], 0, 2), (plain[1], 2, 6), (plain[2], 8, 2))
     alone = Pack((Piece(3, plain[1]),), {"token": 6}, None, "no budgets")
     assert alone.spans == ((plain[1], 0, 6),)
+
+
+def test_a_pack_that_nobody_located_says_so() -> None:
+    pack = Pack((Piece(0, Grid(1, 2, 4)), Piece(2, Grid(1, 2, 4))), {"patch": 16}, 0)
+    with pytest.raises(LookupError, match="located"):
+        _ = pack.stretches
+    pack.locate([0, 8, 20])
+    assert pack.stretches == ((0, 8), (20, 8))

@@ -227,11 +227,7 @@ def pixels_of(pack: Pack, rows: Tensor | Sequence[Tensor]) -> list[PieceRows]:
     if isinstance(rows, Tensor):
         return [rows if count == rows.shape[0] else rows.narrow(0, first, count) for first, count in pack.stretches]
     found = []
-    for item, grid, first_frame in pack.pieces:
-        own = rows[item]
-        if own.shape[0] != grid.patches:
-            # Frames are contiguous in every row order.
-            start = first_frame * grid.h * grid.w
-            own = own[start : start + grid.patches]
-        found.append(own)
+    for piece in pack.pieces:
+        own, count = rows[piece.item], piece.grid.patches
+        found.append(own if own.shape[0] == count else own[piece.first_row : piece.first_row + count])
     return found
