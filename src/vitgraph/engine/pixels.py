@@ -61,16 +61,18 @@ def land_rows(pieces: Sequence[PieceRows], slot: StagingSlot, stream: torch.cuda
 
 def _runs(pieces: Sequence[PieceRows]) -> list[tuple[int, Tensor]]:
     """Adjacent pieces as one, and the row that each such run begins at."""
-    if len(pieces) == 1:
-        return [(0, pieces[0])]
+    if len(pieces) < 2:
+        return [(0, piece) for piece in pieces]
     runs = _adjacent(pieces)
     return list(zip(accumulate((run.shape[0] for run in runs), initial=0), runs, strict=False))
 
 
 def _adjacent(pieces: Sequence[PieceRows]) -> list[Tensor]:
-    """Merges pieces that follow each other in the same storage, so that a batch in the caller's order is one copy."""
-    if not pieces:
-        return []
+    """Merges pieces that follow each other in the same storage, so that a batch in the caller's order is one copy.
+
+    Args:
+        pieces: at least one.
+    """
     runs: list[Tensor] = []
     first, rows, end = pieces[0], len(pieces[0]), _end(pieces[0])
     for piece in pieces[1:]:

@@ -146,7 +146,7 @@ class CostModel:
             # A pack in this budget has more rows than the budget below it holds, or it would run there.
             rest = np.searchsorted(rows, rows[index - 1] + 1 - rows[:index])
             several = (fixed[:index] + cover[rest]).min()
-            helps.append(bool(several < SPLIT_MARGIN * fixed[index] and several < fixed[index] - worth))
+            helps.append(bool(several < min(SPLIT_MARGIN * fixed[index], fixed[index] - worth)))
             cover[index] = min(cover[index], several)
         return tuple(helps)
 
