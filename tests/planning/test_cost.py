@@ -138,6 +138,9 @@ def test_a_wide_gap_in_the_ladder_is_filled_by_two_replays() -> None:
     assert [pack.budget for pack in Planner(RULE, budgets, even).plan(items)] == [1]
     slight = CostModel((100.0, 204.0), (0.0, 0.0), rows_of(budgets))
     assert not slight.splitting_helps(1), "2 % are within the noise of timings"
+    assert not replace(slight, unit="token").splitting_helps(1)
+    assert not replace(slight, fixed=(50_000.0, 102_000.0)).splitting_helps(1), "however long 2 % are"
+    assert replace(slight, fixed=(50_000.0, 104_000.0)).splitting_helps(1)
 
 
 def test_a_batch_is_split_only_for_more_time_than_the_search_takes() -> None:
