@@ -59,7 +59,7 @@ class GreedyPlanner(Planner):
         sizes = [grids.known[i].size for i in order]
         groups = greedy(sizes, tuple(column[-1] for column in self._columns))
         pieces = [sorted(Piece(order[i], grids[order[i]]) for i in group) for group in groups]
-        return [self._pack(own, eager=False) for own in pieces]
+        return [self._pack(own, [grids.known[piece.item] for piece in own], eager=False) for own in pieces]
 
 
 def time_requests(run: Callable[[torch.Tensor, list[Grid]], object], width: int) -> list[float]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from vitgraph import VisionEncoder
 from vitgraph.attention import triton_varlen
 from vitgraph.engine import engine, ladder
-from vitgraph.engine.prepared import PreparedReplays
+from vitgraph.engine.prepared import PreparedBatches
 from vitgraph.layers import block, mlp, overlap, pos_embed_triton
 from vitgraph.layers.ops import Activation
 from vitgraph.layers.pos_embed import gather_table
@@ -84,7 +84,7 @@ def encoder_without(missing: Sequence[str], make: Callable[..., VisionEncoder]) 
                 stack.enter_context(patch.object(module, attribute, stand_in))
         encoder = stack.enter_context(make(**settings))
         if PREPARED in missing:
-            encoder.engine._prepared = PreparedReplays(0)
+            encoder.engine._prepared = PreparedBatches(0)
         if encoder.config.graph:
             encoder.capture(progress=False)
         yield encoder

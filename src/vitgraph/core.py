@@ -63,6 +63,7 @@ class KnownGrid:
         counts: rows of each kind that an item of it fills.
         size: the same, in the planner's order of kinds.
         load: of its attention, see `CostModel`.
+        fits: whether the planner's largest budget holds such an item.
         place: where its part of the metadata lies on the device, an int32 as requests hold it, or NOWHERE.
         digits: size and load as one number, so that they are summed as fast as numbers are; see `sums_of`.
     """
@@ -71,6 +72,7 @@ class KnownGrid:
     counts: Counts
     size: tuple[int, ...] = ()
     load: int = 0
+    fits: bool = True
     place: bytes = NOWHERE
     digits: int = field(init=False)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from vitgraph import EncoderConfig, VisionEncoder
 from vitgraph.core import Grid
 from vitgraph.engine.engine import Engine
-from vitgraph.engine.prepared import PreparedReplays
+from vitgraph.engine.prepared import MOST_ITEMS, PreparedBatches
 from vitgraph.errors import EngineReleasedError, PatchError
 from vitgraph.planning.packing import EAGER_IS_FASTER, Planner
 
@@ -37,7 +38,7 @@ def replays(monkeypatch) -> list:
     def watched(self: Engine, key: object, rows: torch.Tensor) -> object:
         found = run_again(self, key, rows)
         if found is not None:
-            ran.append(found[0])
+            ran.extend(pack for pack, _ in found[0])
         return found
 
     monkeypatch.setattr(Engine, "_run_again", watched)
@@ -74,7 +75,7 @@ def test_batches_in_turn_give_what_the_unprepared_path_gives(family: str, replay
 
 def test_counters_are_the_same_either_way(replays: list) -> None:
     prepared, plain = make(), make()
-    plain.engine._prepared = PreparedReplays(0)
+    plain.engine._prepared = PreparedBatches(0)
     for encoder in (prepared, plain):
         for grids in BATCHES * 3:
             encoder.encode_patches(rows_of(encoder, grids), grids)
@@ -268,7 +269,7 @@ def test_another_cost_model_plans_anew(replays: list) -> None:
 
 def test_the_oldest_prepared_replays_make_room(replays: list) -> None:
     encoder = make()
-    encoder.engine._prepared = PreparedReplays(2)
+    encoder.engine._prepared = PreparedBatches(2)
     for grids in BATCHES:
         warm(encoder, grids)
     assert len(encoder.engine._prepared) == 2
@@ -306,14 +307,70 @@ def test_a_key_is_looked_up_only_where_rows_of_its_shape_were_prepared() -> None
     assert prepared.find(Untouched(), other.shape) is None
 
 
-def test_only_one_pack_of_whole_items_is_prepared() -> None:
+SEVERAL = [
+    [(1, 8, 8)] * 6,
+    [(1, 4, 12), (1, 8, 8), (1, 2, 2), (1, 12, 12), (1, 8, 8), (1, 2, 6), (1, 12, 12)],
+    [(1, 4, 4), (9, 8, 8), (1, 2, 2)],
+]
+"""Of several packs each: whose rows lie one after another, whose rows are mixed, and one whose clip is cut."""
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_batches_of_several_packs_are_prepared_as_well(family: str, replays: list) -> None:
+    encoder = make(family)
+    for grids in SEVERAL * 2:
+        x = rows_of(encoder, grids)
+        want = encoder.encode_patches(x, grids, mode="padded")
+        packs = encoder.plan(grids)
+        for turn in range(3):
+            replays.clear()
+            assert same(encoder.encode_patches(x, grids), want)
+            assert len(replays) == len(packs) > 1 or turn == 0
+            warm(encoder, BATCHES[0])
+    assert any(len(pack.stretches) > 1 for pack in encoder.plan(SEVERAL[1]))
+
+
+@pytest.mark.parametrize("grids", SEVERAL, ids=["equal", "mixed", "cut"])
+def test_several_packs_count_the_same_either_way(grids: list) -> None:
+    prepared, plain = make(), make()
+    plain.engine._prepared = PreparedBatches(0)
+    plain.engine._prepare = lambda *_: None
+    for encoder in (prepared, plain):
+        for _ in range(3):
+            encoder.encode_patches(rows_of(encoder, grids), grids)
+    assert prepared.stats.items == 3 * len(grids)
+    assert prepared.stats.packs == prepared.stats.replays == 3 * len(prepared.plan(grids))
+    assert replace(prepared.stats, static_bytes=0) == replace(plain.stats, static_bytes=0)
+
+
+def test_another_graph_of_any_pack_is_noticed(replays: list) -> None:
+    encoder, grids = make(), SEVERAL[0]
+    warm(encoder, grids)
+    *_, last = encoder.plan(grids)
+    encoder.engine.ladder.graphs[last.budget] = SimpleNamespace(replay=lambda: None)  # type: ignore[assignment]
+    warm(encoder, grids)
+    assert not replays
+    del encoder.engine.ladder.graphs[last.budget]
+    for _ in range(2):
+        warm(encoder, grids)
+    assert replays
+
+
+def test_a_batch_is_not_prepared_where_a_pack_runs_eager() -> None:
     encoder = make("qwen3_vl", budgets=(16,))
-    for grids in ([(1, 20, 20)], [(1, 8, 8), (1, 8, 8)], [(4, 8, 8)]):
+    for grids in ([(1, 20, 20)], [(1, 8, 8), (1, 20, 20)]):
         x = rows_of(encoder, grids)
         want = encoder.encode_patches(x, grids)
         for _ in range(3):
             assert same(encoder.encode_patches(x, grids), want)
     assert len(encoder.engine._prepared) == 0
+
+
+def test_batches_of_very_many_items_are_not_kept() -> None:
+    encoder = make("qwen3_vl")
+    for items in (MOST_ITEMS, MOST_ITEMS + 1):
+        warm(encoder, [(1, 2, 2)] * items)
+        assert len(encoder.engine._prepared) == 1
 
 
 @pytest.mark.parametrize("strict", [False, True])

@@ -60,6 +60,47 @@ def test_a_plan_is_never_worse_than_the_plain_packings(model, items) -> None:
         assert chosen <= other * (1 + 1e-9), plain.__name__
 
 
+def holds(free: list[int], size: tuple[int, ...]) -> bool:
+    return all(n <= f for n, f in zip(size, free, strict=True))
+
+
+def plain_best_fit(sizes: list, largest: tuple) -> list[list[int]]:
+    groups: list[list[int]] = []
+    room: list[list[int]] = []
+    for item, size in enumerate(sizes):
+        among = [g for g, free in enumerate(room) if holds(free, size)]
+        if not among:
+            groups.append([])
+            room.append(list(largest))
+            among = [len(room) - 1]
+        best = min(among, key=lambda g: room[g])
+        groups[best].append(item)
+        room[best] = [f - n for n, f in zip(size, room[best], strict=True)]
+    return groups
+
+
+def plain_greedy(sizes: list, largest: tuple) -> list[list[int]]:
+    groups: list[list[int]] = []
+    room: list[int] = []
+    for item in range(len(sizes) - 1, -1, -1):
+        if not groups or not holds(room, sizes[item]):
+            groups.append([])
+            room = list(largest)
+        groups[-1].append(item)
+        room = [f - n for n, f in zip(sizes[item], room, strict=True)]
+    return groups
+
+
+some_sizes = st.lists(st.tuples(*[st.one_of(st.integers(0, 9), st.integers(0, 1 << 40))] * 3), min_size=1, max_size=24)
+
+
+@given(some_sizes, st.tuples(*[st.integers(0, 20)] * 3))
+def test_sizes_as_numbers_pack_as_sizes_kind_by_kind_do(sizes, spare) -> None:
+    largest = tuple(max(size[k] for size in sizes) + spare[k] for k in range(3))
+    assert best_fit(sizes, largest) == plain_best_fit(sizes, largest)
+    assert greedy(sizes, largest) == plain_greedy(sizes, largest)
+
+
 @given(models(), st.lists(grids, min_size=1, max_size=4), st.tuples(st.floats(1, 9000), st.floats(1, 9000)))
 def test_what_is_settled_for_a_budget_is_what_every_pack_would_find(model, items, eager) -> None:
     budgets, cost = model

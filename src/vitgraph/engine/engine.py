@@ -14,13 +14,13 @@ from torch import Tensor
 
 from vitgraph.attention.base import VarlenAttention, tune
 from vitgraph.config import EncoderConfig
-from vitgraph.core import Grid, Grids, KnownGrid, Pack, sum_counts
+from vitgraph.core import Grid, KnownGrid, Pack, sum_counts
 from vitgraph.embedding import VisionEmbedding
 from vitgraph.engine.graph import CapturedGraph
 from vitgraph.engine.ladder import Ladder, Progress
 from vitgraph.engine.measure import measure_costs
 from vitgraph.engine.order import RunOrder
-from vitgraph.engine.prepared import PreparedReplays
+from vitgraph.engine.prepared import PreparedBatch, PreparedBatches
 from vitgraph.engine.results import Outputs, Ran, embeddings, outputs_of
 from vitgraph.engine.runner import Mode, PackRunner
 from vitgraph.engine.staging import Staging, pixels_of
@@ -72,7 +72,7 @@ class Engine:
             self.spec, self._forward, device, dtype, config, attention,
             self.ladder, self.staging, self._order, self._counters,
         )  # fmt: skip
-        self._prepared = PreparedReplays()
+        self._prepared = PreparedBatches()
         self._measure_seconds = 0.0
         self._lock = RLock()
         self._one_device = device.type == "cpu" or torch.cuda.device_count() == 1
@@ -155,8 +155,8 @@ class Engine:
             EngineReleasedError: after `release()`.
         """
         key = tuple(grids)
-        ran = self._run_again(key, rows) if mode == "auto" else None
-        packs = self._run(rows, grids, mode, key) if ran is None else [ran]
+        again = self._run_again(key, rows) if mode == "auto" else None
+        packs = self._run(rows, grids, mode, key) if again is None else again[0]
         kinds = [output.rows for output in self.spec.outputs]
         return outputs_of(packs, len(grids), kinds, self.planner.counts)
 
@@ -176,7 +176,7 @@ class Engine:
         return embeddings(self._run(rows, grids, mode, key), grids)
 
     def embed_again(self, key: Hashable, rows: Tensor) -> list[VisionEmbedding] | None:
-        """As `embed` with mode "auto", for a batch whose replay is prepared: nothing is planned, looked up or sliced.
+        """As `embed` with mode "auto", for a batch whose replays are prepared: nothing is planned, looked up or sliced.
 
         Args:
             key: as in `embed`.
@@ -185,8 +185,8 @@ class Engine:
         Returns:
             None where nothing is prepared, or the rows are not what it was prepared for.
         """
-        ran = self._run_again(key, rows)
-        return None if ran is None else embeddings([ran], ran[0].grids)
+        again = self._run_again(key, rows)
+        return None if again is None else embeddings(*again)
 
     @property
     def stats(self) -> Stats:
@@ -257,10 +257,11 @@ class Engine:
             if mode == "auto" and not self.ladder.complete and not self.config.lazy:
                 self.capture()
             mode = mode if self.config.graph else "eager"
-            grids = self.planner.batch(grids)
-            if mode == "auto" and (together := self._replay_together(rows, grids, key)):
-                return [together]
             packs = self.planner.plan(grids, split=mode != "eager", eager=mode == "auto" and not self.config.strict)
+            if mode == "auto" and isinstance(rows, Tensor) and (batch := self._prepare(packs, grids, rows)):
+                ran = self._replay(batch, rows)
+                self._prepared.keep(tuple(grids) if key is None else key, batch)
+                return ran
             self._counters.plan(packs, len(grids))
             # The static rows must not come to need gradients; nothing else on the way to a replay could record any.
             if not isinstance(rows, Tensor):
@@ -269,33 +270,39 @@ class Engine:
                 rows = rows.detach()
             return [(pack, self._runner.run(pack, pixels_of(pack, rows), mode)) for pack in packs]
 
-    def _replay_together(self, rows: Tensor | Sequence[Tensor], grids: Grids, key: Hashable | None) -> Ran | None:
-        """The whole batch in one replay, which then is prepared for the next time; None where it takes more."""
-        if not isinstance(rows, Tensor) or rows.requires_grad:
+    def _prepare(self, packs: Sequence[Pack], grids: Sequence[Grid], rows: Tensor) -> PreparedBatch | None:
+        """The batch with all that its replays need; None where a pack runs eager, its graph is missing, or the rows
+        need gradients."""
+        if rows.requires_grad:
             return None
-        pack = self.planner.one_pack(grids, eager=not self.config.strict)
-        prepared = None if pack is None else self._runner.prepare(pack, rows.shape, self.planner)
-        if prepared is None:
-            return None
-        outputs = self._runner.replay(prepared, rows)
-        self._prepared.keep(tuple(grids) if key is None else key, prepared)
-        return prepared.pack, outputs
+        replays = [own for pack in packs if (own := self._runner.prepare(pack)) is not None]
+        return PreparedBatch(grids, rows.shape, replays, self.planner.cost) if len(replays) == len(packs) else None
 
-    def _run_again(self, key: Hashable, rows: Tensor | Sequence[Tensor]) -> Ran | None:
+    def _replay(self, batch: PreparedBatch, rows: Tensor) -> list[Ran]:
+        run, replays = self._runner.replay, batch.replays
+        if len(replays) == 1:  # nothing needs to be cut
+            ran = [(replays[0].pack, run(replays[0], [rows]))]
+        else:
+            ran = [(replay.pack, run(replay, pixels_of(replay.pack, rows))) for replay in replays]
+        self._counters.plan([pack for pack, _ in ran], len(batch.grids))
+        return ran
+
+    def _run_again(self, key: Hashable, rows: Tensor | Sequence[Tensor]) -> tuple[list[Ran], Sequence[Grid]] | None:
+        """A batch that is prepared: its packs and its grids."""
         if not isinstance(rows, Tensor):
             return None
         with self._lock:
-            prepared = self._prepared.find(key, rows.shape)
-            if prepared is None:
+            batch = self._prepared.find(key, rows.shape)
+            if batch is None:
                 return None
             # Gradients are not recorded below: rows that need none spare us to say so.
             if rows.requires_grad or not rows.is_floating_point():
                 return None
-            if not self._runner.is_current(prepared, self.planner):
+            if batch.cost is not self.planner.cost or not all(map(self._runner.is_current, batch.replays)):
                 self._prepared.drop(key)
                 return None
             with self._guard():
-                return prepared.pack, self._runner.replay(prepared, rows)
+                return self._replay(batch, rows), batch.grids
 
     @torch.no_grad()
     def _forward(self, inputs: TowerBuffers) -> Outputs:

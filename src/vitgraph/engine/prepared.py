@@ -1,42 +1,40 @@
-"""Replays that are ready to go: what a batch needs that ran before, found by its grids."""
+"""Batches that are ready to go: what a batch needs that ran before, found by its grids."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from vitgraph.core import Pack
+from vitgraph.core import Grid, Pack
 from vitgraph.engine.buffers import StaticBuffers
 from vitgraph.engine.graph import CapturedGraph
 from vitgraph.planning.cost import CostModel
 
 MOST_PREPARED = 1024
+MOST_ITEMS = 256
+"""Of a batch that is kept: it takes some hundred bytes per item."""
 
 
 @dataclass(eq=False)
 class PreparedReplay:
-    """A batch that is one pack in one budget, with everything looked up that a launch needs.
+    """A pack in one budget, with everything looked up that a launch needs.
 
     Attributes:
-        pack: the only one of the batch.
-        shape: of the pixel rows, `[P, patch_width]`.
+        pack: what runs.
         buffers: of the budget.
         graph: what is replayed; None without a graph.
         long: whether that is the budget's second graph.
-        cost: the model that chose the pack.
     """
 
     pack: Pack
-    shape: torch.Size
     buffers: StaticBuffers
     graph: CapturedGraph | None
     long: bool
-    cost: CostModel
 
     @cached_property
     def outputs(self) -> tuple[Tensor, ...]:
@@ -49,9 +47,26 @@ class PreparedReplay:
         return self.buffers.layout.capacity["token"]
 
 
-class PreparedReplays:
-    """Prepared replays by what stands for the grids of their batch; the oldest make room, and are prepared again when
-    their batch comes again.
+@dataclass(eq=False)
+class PreparedBatch:
+    """A batch all of whose packs are replayed.
+
+    Attributes:
+        grids: of its items.
+        shape: of the pixel rows of all items, `[P, patch_width]`.
+        replays: of its packs, in the order in which they run.
+        cost: the model that chose the packs.
+    """
+
+    grids: Sequence[Grid]
+    shape: torch.Size
+    replays: Sequence[PreparedReplay]
+    cost: CostModel
+
+
+class PreparedBatches:
+    """Prepared batches by what stands for their grids; the oldest make room, and are prepared again when they come
+    again.
 
     Args:
         size: most that are kept.
@@ -59,13 +74,13 @@ class PreparedReplays:
 
     def __init__(self, size: int = MOST_PREPARED) -> None:
         self._size = size
-        self._entries: dict[Hashable, PreparedReplay] = {}
+        self._entries: dict[Hashable, PreparedBatch] = {}
         self._shapes: Counter[torch.Size] = Counter()
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def find(self, key: Hashable, shape: torch.Size) -> PreparedReplay | None:
+    def find(self, key: Hashable, shape: torch.Size) -> PreparedBatch | None:
         """What was kept under the key for rows of this shape; None where there is nothing, or where the key cannot be
         looked up.
 
@@ -80,9 +95,9 @@ class PreparedReplays:
             return None
         return found if found is not None and found.shape == shape else None
 
-    def keep(self, key: Hashable, prepared: PreparedReplay) -> None:
-        """Keeps it in the place of an earlier one."""
-        if not self._size:
+    def keep(self, key: Hashable, prepared: PreparedBatch) -> None:
+        """Keeps it in the place of an earlier one, unless it has too many items."""
+        if not self._size or len(prepared.grids) > MOST_ITEMS:
             return
         self.drop(key)
         if len(self._entries) >= self._size:

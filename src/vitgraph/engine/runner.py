@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from vitgraph.attention.base import VarlenAttention
 from vitgraph.config import EncoderConfig
@@ -22,7 +21,6 @@ from vitgraph.engine.results import Outputs
 from vitgraph.engine.staging import Staging
 from vitgraph.engine.stats import Counters
 from vitgraph.models.contract import TowerBuffers, TowerSpec
-from vitgraph.planning.packing import Planner
 
 logger = logging.getLogger("vitgraph")
 
@@ -80,9 +78,9 @@ class PackRunner:
             if mode != "eager":
                 self._counters.eager(pack)
             return self.run_exact(pack.counts, pack.grids, pixels)
-        outputs = self._run_padded(pack, pack.budget, pixels, use_graph=mode == "auto" and self._on_device)
+        outputs, captured = self._run_padded(pack, pack.budget, pixels, mode == "auto" and self._on_device)
         tokens = self._ladder.budgets[pack.budget].tokens
-        self._counters.replay(pack, tokens)
+        self._counters.replay(pack, tokens, captured)
         if self._verbose:
             _log(pack, tokens)
         return outputs
@@ -105,53 +103,44 @@ class PackRunner:
         finally:
             self._staging.return_rows()
 
-    def prepare(self, pack: Pack, shape: torch.Size, planner: Planner) -> PreparedReplay | None:
-        """All that `replay` needs; None where the pack runs eager, or its budget lacks its graph.
-
-        Args:
-            pack: whole items, in the caller's order.
-            shape: of its pixel rows.
-            planner: that made it.
-        """
+    def prepare(self, pack: Pack) -> PreparedReplay | None:
+        """All that `replay` needs; None where the pack runs eager, or its budget lacks its graph."""
         if pack.budget is None:
             return None
-        buffers = self._ladder.static(pack.budget)
         long = self._ladder.runs_long(pack.budget, pack.counts)
         graph = self._graph(pack.budget, long)
         if self._on_device and graph is None:
             return None
-        return PreparedReplay(pack, shape, buffers, graph, long, planner.cost)
+        return PreparedReplay(pack, self._ladder.static(pack.budget), graph, long)
 
-    def is_current(self, prepared: PreparedReplay, planner: Planner) -> bool:
-        """Whether everything that it rests on is what it was.
+    def is_current(self, prepared: PreparedReplay) -> bool:
+        """Whether its budget's graph is what it was."""
+        return prepared.graph is self._graph(prepared.pack.budget, prepared.long)
 
-        Args:
-            prepared: from `prepare`.
-            planner: that plans now.
-        """
-        return prepared.cost is planner.cost and prepared.graph is self._graph(prepared.pack.budget, prepared.long)
-
-    def replay(self, prepared: PreparedReplay, rows: Tensor) -> Outputs:
+    def replay(self, prepared: PreparedReplay, pixels: Sequence[PieceRows]) -> Outputs:
         """The pack's outputs, in memory of their own. Before the launch nothing is done per item.
 
         Args:
             prepared: current.
-            rows: `[P, patch_width]` of all items; they need no gradient.
+            pixels: of its pieces, in row order; they need no gradient.
         """
         pack = prepared.pack
         stream = self._order.enter()
         try:
-            self._launch(prepared.graph, prepared.buffers, prepared.long, pack, [rows], stream)
+            self._launch(prepared.graph, prepared.buffers, prepared.long, pack, pixels, stream)
             outputs = tuple([output.clone() for output in prepared.outputs])
         finally:
             self._order.leave(stream)
             self._staging.return_rows()
-        self._counters.prepared(len(pack.grids), pack.counts["token"], prepared.tokens, prepared.graph is not None)
+        self._counters.replay(pack, prepared.tokens, prepared.graph is not None)
         if self._verbose:
             _log(pack, prepared.tokens)
         return outputs
 
-    def _run_padded(self, pack: Pack, budget: int, pixels: Sequence[PieceRows], use_graph: bool) -> Outputs:
+    def _run_padded(
+        self, pack: Pack, budget: int, pixels: Sequence[PieceRows], use_graph: bool
+    ) -> tuple[Outputs, bool]:
+        """The pack's outputs, and whether a graph made them."""
         buffers = self._ladder.static(budget)
         stream = self._order.enter()
         try:
@@ -160,9 +149,8 @@ class PackRunner:
             long = self._ladder.runs_long(budget, pack.counts)
             graph = self._ladder.graph(budget, long) if captured else None
             self._launch(graph, buffers, long, pack, pixels, stream)
-            self._counters.stats.graph_replays += captured
             # The next replay writes over this memory, so the caller gets a copy of the rows that are his.
-            return tuple([output.clone() for output in buffers.outputs_of(pack.counts)])
+            return tuple([output.clone() for output in buffers.outputs_of(pack.counts)]), captured
         finally:
             self._order.leave(stream)
             self._staging.return_rows()

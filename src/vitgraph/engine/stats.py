@@ -86,21 +86,13 @@ class Counters:
         if len(packs) > 1:  # the pieces of an item that was cut never fit one
             self.stats.split_items += len({p.item for pack in packs for p in pack.pieces if p.first_frame > 0})
 
-    def prepared(self, items: int, tokens: int, budget: int, on_graph: bool) -> None:
-        """A batch whose replay was prepared: `items` items of `tokens` tokens, in one pack of this many tokens."""
+    def replay(self, pack: Pack, budget: int, on_graph: bool) -> None:
+        """A pack that ran in a budget of this many tokens, on its graph or without."""
         stats = self.stats
-        stats.items += items
-        stats.packs += 1
         stats.replays += 1
         stats.graph_replays += on_graph
-        stats.real_tokens += tokens
+        stats.real_tokens += pack.counts["token"]
         stats.padded_tokens += budget
-
-    def replay(self, pack: Pack, budget: int) -> None:
-        """A pack that runs in a budget of this many tokens."""
-        self.stats.replays += 1
-        self.stats.real_tokens += pack.counts["token"]
-        self.stats.padded_tokens += budget
 
     def eager(self, pack: Pack) -> None:
         """A pack that runs outside every budget, and why.

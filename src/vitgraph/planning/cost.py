@@ -20,7 +20,7 @@ FLOOR_TOKENS = 192
 SPLIT_MARGIN = 0.97
 SPLIT_US = 500.0
 """What fits one pack is split only for a gain beyond the noise of timings, which is worth the search: on the host that
-takes about as long for some twenty items, and only batches that came before are spared it."""
+takes a quarter of a millisecond or more, and only batches that came before are spared it."""
 
 LONG_ROWS = 3072
 """Mean length from which a pack's segments are long: there the kernels of packs of one segment suit several as well."""

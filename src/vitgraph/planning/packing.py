@@ -144,7 +144,8 @@ class Planner:
                 )
             counts = self._rule.counts(grid)
             size = tuple(counts.get(kind, 0) for kind in self._kinds)
-            known = KnownGrid(grid, counts, size, load_of(counts, self._rule.load_sets))
+            holds = bool(self._budgets) and fits(counts, self._budgets[-1].capacity)
+            known = KnownGrid(grid, counts, size, load_of(counts, self._rule.load_sets), holds)
             if len(self._known) >= MOST_SIZES:
                 self._known.clear()
             self._known[grid] = known
@@ -167,19 +168,18 @@ class Planner:
 
     def _several(self, grids: Grids, split: bool, eager: bool) -> list[Pack]:
         """Packs of items that need not, or cannot, run in one."""
-        pieces = list(map(Piece, range(len(grids)), grids))
+        pieces, known = list(map(Piece, range(len(grids)), grids)), grids.known
         if not self._budgets:
-            return [Pack((piece,), self.known(piece.grid).counts, None, "no budgets") for piece in pieces]
-        largest = self._budgets[-1].capacity
-        if split and self._rule.splits_by_frame:
-            pieces = [part for piece in pieces for part in self._cut(piece, largest)]
-        fitting = [p for p in pieces if fits(self.known(p.grid).counts, largest)]
-        alone = [p for p in pieces if not fits(self.known(p.grid).counts, largest)]
-        packs = [self._too_large(piece, largest) for piece in alone]
-        fitting.sort(key=lambda p: -p.grid.patches)
-        known = [self.known(p.grid) for p in fitting]
-        groups = cheapest_groups(self._prices, [own.size for own in known], [own.load for own in known])
-        packs += [self._pack(sorted(fitting[i] for i in group), eager) for group in groups]
+            return [Pack((piece,), own.counts, None, "no budgets") for piece, own in zip(pieces, known, strict=True)]
+        if split and self._rule.splits_by_frame and not all(own.fits for own in known):
+            pieces = [part for piece in pieces for part in self._cut(piece)]
+            known = [self.known(piece.grid) for piece in pieces]
+        packs = [self._too_large(piece, own) for piece, own in zip(pieces, known, strict=True) if not own.fits]
+        order = [at for at, own in enumerate(known) if own.fits]
+        order.sort(key=lambda at: -known[at].size[self._rows])
+        for group in cheapest_groups(self._prices, [known[at].size for at in order], [known[at].load for at in order]):
+            chosen = sorted(order[i] for i in group)
+            packs.append(self._pack([pieces[at] for at in chosen], [known[at] for at in chosen], eager))
         return sorted(packs, key=lambda pack: pack.pieces[0])
 
     def _smallest(self, size: Size) -> int:
@@ -192,8 +192,8 @@ class Planner:
                     break
         return found
 
-    def _pack(self, pieces: Sequence[Piece], eager: bool) -> Pack:
-        grids = self.batch([piece.grid for piece in pieces])
+    def _pack(self, pieces: Sequence[Piece], known: list[KnownGrid], eager: bool) -> Pack:
+        grids = Grids(known, self)
         return Pack.of_pieces(tuple(pieces), grids, *self._placed(grids, self._smallest(grids.size), eager))
 
     def _placed(self, grids: Grids, smallest: int, eager: bool) -> tuple[Counts, int | None, str]:
@@ -213,20 +213,18 @@ class Planner:
             return counts, None, EAGER_IS_FASTER
         return counts, index, ""
 
-    def _too_large(self, piece: Piece, largest: Counts) -> Pack:
-        counts = self.known(piece.grid).counts
-        reason = f"larger than the largest budget in {exceeded(counts, largest)}"
-        return Pack((piece,), counts, None, reason)
+    def _too_large(self, piece: Piece, own: KnownGrid) -> Pack:
+        reason = f"larger than the largest budget in {exceeded(own.counts, self._budgets[-1].capacity)}"
+        return Pack((piece,), own.counts, None, reason)
 
-    def _cut(self, piece: Piece, largest: Counts) -> list[Piece]:
+    def _cut(self, piece: Piece) -> list[Piece]:
         """The item whole if it fits or not even one frame does, else in runs of as many frames as the largest budget
         holds."""
         item, grid = piece.item, piece.grid
-        rule = self._rule
-        if fits(self.known(grid).counts, largest) or not fits(rule.counts(Grid(1, grid.h, grid.w)), largest):
+        if self.known(grid).fits or not self.known(Grid(1, grid.h, grid.w)).fits:
             return [piece]
         frames = grid.t
-        while not fits(rule.counts(Grid(frames, grid.h, grid.w)), largest):
+        while not fits(self._rule.counts(Grid(frames, grid.h, grid.w)), self._budgets[-1].capacity):
             frames -= 1
         starts = range(0, grid.t, frames)
         return [Piece(item, Grid(min(frames, grid.t - first), grid.h, grid.w), first) for first in starts]

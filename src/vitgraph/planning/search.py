@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
+from itertools import accumulate, chain
+from struct import Struct
 
 import numpy as np
 
@@ -31,7 +34,9 @@ class Prices:
     def __init__(
         self, cost: CostModel, columns: Sequence[Sequence[int]], rows: int, sets: Sequence[tuple[int, int]]
     ) -> None:
-        self._columns = [np.asarray(column) for column in columns]
+        # Per kind, for every number of rows the smallest budget that holds it; the last entry is for more than any.
+        numbers = [np.arange(column[-1] + 2) for column in columns]
+        self._smallest = [np.searchsorted(column, rows) for column, rows in zip(columns, numbers, strict=True)]
         self._rows, self._sets = rows, sets
         self.largest = tuple(column[-1] for column in columns)
         # One entry more than there are budgets: what fits none costs infinity.
@@ -47,8 +52,8 @@ class Prices:
 
     def of(self, sizes: np.ndarray, loads: np.ndarray) -> np.ndarray:
         """Times of packs of these sizes `[..., kinds]` and loads `[...]`."""
-        found = [np.searchsorted(column, sizes[..., k]) for k, column in enumerate(self._columns)]
-        index = self._cheapest[np.max(found, axis=0)]
+        found = [smallest.take(sizes[..., k], mode="clip") for k, smallest in enumerate(self._smallest)]
+        index = self._cheapest[reduce(np.maximum, found)]
         long = are_long(*((sizes[..., rows], sizes[..., segments]) for rows, segments in self._sets))
         attention = np.where(
             long, self._long_slope[index] * loads + self._long_fixed[index], self._slope[index] * loads
@@ -73,45 +78,65 @@ def cheapest_groups(prices: Prices, sizes: Sequence[Size], loads: Sequence[float
         return []
     table, load = np.asarray(sizes, dtype=np.int64), np.asarray(loads, dtype=float)
 
-    def price(groups: list[Group]) -> float:
-        rows = np.stack([table[group].sum(0) for group in groups])
-        return float(prices.of(rows, np.array([load[group].sum() for group in groups])).sum())
+    def price(groups: list[Group]) -> np.ndarray:
+        items, starts = list(chain(*groups)), list(accumulate(map(len, groups[:-1]), initial=0))
+        return prices.of(np.add.reduceat(table[items], starts), np.add.reduceat(load[items], starts))
 
-    candidates = [best_fit(sizes, prices.largest), greedy(sizes, prices.largest)]
-    costs = [price(groups) for groups in candidates]
-    if len(sizes) <= MOST_EXHAUSTIVE and min(costs) > NEAR_ENOUGH * prices.bound(table, load):
-        candidates.append(best_runs(prices, table, load))
-        costs.append(price(candidates[-1]))
-    return candidates[int(np.argmin(costs))]
+    tight, ascending = best_fit(sizes, prices.largest), greedy(sizes, prices.largest)
+    every = price(tight + ascending)
+    found = [(float(every[: len(tight)].sum()), tight), (float(every[len(tight) :].sum()), ascending)]
+    if len(sizes) <= MOST_EXHAUSTIVE and min(cost for cost, _ in found) > NEAR_ENOUGH * prices.bound(table, load):
+        runs = best_runs(prices, table, load)
+        found.append((float(price(runs).sum()), runs))
+    return min(found, key=lambda one: one[0])[1]
 
 
 def best_fit(sizes: Sequence[Size], largest: Size) -> list[Group]:
     """Best fit decreasing: each item joins the fullest pack that still holds it, or opens one."""
+    full, *numbers = _as_numbers([largest, *sizes])
+    guards = _guards(len(largest))
     groups: list[Group] = []
-    room: list[list[int]] = []
-    for item, size in enumerate(sizes):
-        holding = [g for g, free in enumerate(room) if all(n <= f for n, f in zip(size, free, strict=True))]
-        if not holding:
-            groups.append([])
-            room.append(list(largest))
-            holding = [len(room) - 1]
-        best = min(holding, key=lambda g: room[g])
-        groups[best].append(item)
-        room[best] = [f - n for n, f in zip(size, room[best], strict=True)]
+    room: list[int] = []
+    for item, size in enumerate(numbers):
+        best, least = len(groups), full | guards
+        for group, free in enumerate(room):
+            left = free - size
+            if left < least and left & guards == guards:
+                best, least = group, left
+        if best == len(groups):
+            groups.append([item])
+            room.append((full | guards) - size)
+        else:
+            groups[best].append(item)
+            room[best] = least
     return groups
 
 
 def greedy(sizes: Sequence[Size], largest: Size) -> list[Group]:
     """Ascending greedy: the smallest items first, a new pack whenever the next one does not fit."""
+    full, *numbers = _as_numbers([largest, *sizes])
+    guards = _guards(len(largest))
     groups: list[Group] = []
-    room: list[int] = []
+    left = 0
     for item in range(len(sizes) - 1, -1, -1):
-        if not groups or any(n > f for n, f in zip(sizes[item], room, strict=True)):
+        left -= numbers[item]
+        if not groups or left & guards != guards:
             groups.append([])
-            room = list(largest)
+            left = (full | guards) - numbers[item]
         groups[-1].append(item)
-        room = [f - n for n, f in zip(sizes[item], room, strict=True)]
     return groups
+
+
+def _as_numbers(sizes: Sequence[Size]) -> list[int]:
+    """Each size as one number, whose digits to the base of 2^64 are the rows of each kind, the first kind leading."""
+    layout = Struct(f">{len(sizes[0])}Q")
+    return [int.from_bytes(layout.pack(*size), "big") for size in sizes]
+
+
+def _guards(kinds: int) -> int:
+    """The highest bit of every digit: set in a size, all of them outlast the subtraction of what fits it, of nothing
+    else."""
+    return sum(1 << 64 * kind + 63 for kind in range(kinds))
 
 
 def best_runs(prices: Prices, sizes: np.ndarray, loads: np.ndarray) -> list[Group]:
@@ -125,16 +150,19 @@ def best_runs(prices: Prices, sizes: np.ndarray, loads: np.ndarray) -> list[Grou
     count = len(sizes)
     ends = np.concatenate([np.zeros((1, sizes.shape[1]), sizes.dtype), sizes.cumsum(0)])
     load_ends = np.concatenate([np.zeros(1), loads.cumsum()])
-    # price[i, j]: items i to j - 1 in one pack. Runs with j <= i hold nothing and are never asked for.
-    price = prices.of(np.maximum(ends[None] - ends[:, None], 0), np.maximum(load_ends[None] - load_ends[:, None], 0.0))
-    least, first = np.zeros(count + 1), np.zeros(count + 1, dtype=int)
-    for j in range(1, count + 1):
-        options = least[:j] + price[:j, j]
-        first[j] = int(options.argmin())
-        least[j] = options[first[j]]
+    # Every run of items, those that end first leading: one of item 0, two that end with item 1, ...
+    last, first = np.tril_indices(count)
+    price = prices.of(ends[last + 1] - ends[first], load_ends[last + 1] - load_ends[first])
+    least, begin = np.zeros(count + 1), [0] * (count + 1)
+    seen = 0
+    for end in range(1, count + 1):
+        options = least[:end] + price[seen : seen + end]
+        begin[end] = int(options.argmin())
+        least[end] = options[begin[end]]
+        seen += end
     runs: list[Group] = []
     end = count
     while end:
-        runs.append(list(range(first[end], end)))
-        end = int(first[end])
+        runs.append(list(range(begin[end], end)))
+        end = begin[end]
     return runs
