@@ -2,11 +2,12 @@
 
     python benchmarks/host_path.py [--geometry qwen3-vl-8b] [--json FILE]
 
-Needs a CUDA device. Medians over calls of one batch that came before (`known`), and of batches of known sizes that come
-for the first time (`new`), and what one call in ten takes at most. `before` is plan, request and, for rows on the host,
-their staging; `launch` the driver's graph launch; `after` the copies of the results and their split, while the GPU
-already works. One batch takes several packs; for it, `before` ends at the first launch, and the others follow while the
-GPU works. Then the launch alone, for a few budgets. Random weights.
+Needs a CUDA device. Medians over calls of one batch that came before, of equal images (`known`) or of many sizes
+(`mixed`), and of batches of known sizes that come for the first time (`new`), and what one call in ten takes at most.
+`before` is plan, request and, for rows on the host, their staging; `launch` the driver's graph launch; `after` the
+copies of the results and their split, while the GPU already works. Some batches take several packs; for them, `before`
+ends at the first launch, and the others follow while the GPU works. Then the launch alone, for a few budgets. Random
+weights.
 
 The GPU is `idle` (each call waits for the one before), `busy` (two calls before it are in flight) or `behind` (the host
 never waits, so calls queue up). Sizes and views of the pixels are made right before each call, as a caller's are.
@@ -36,8 +37,8 @@ from vitgraph.engine.measure import usual_items
 ITEMS = (1, 2, 4, 8, 20, 64)
 PLACES = ("device", "pinned", "pageable")
 HOST_ITEMS = 8
-SEVERAL_PACKS = 64, 20
-"""Items and their side in patches."""
+SEVERAL_PACKS = ((64, 20, "known"), (32, 48, "mixed"), (32, 48, "new"))
+"""Items, their side in patches, or the longest, and what kind of batch they are."""
 
 LAUNCHED_TOKENS = (64, 256, 1024, 4096)
 MOST_PATCHES = 8192
@@ -109,12 +110,14 @@ def fresh_batches(items: int, most_side: int) -> list[list[Grid]]:
     return [list(batch) for batch in batches]
 
 
-def make_calls(encoder: VisionEncoder, items: int, side: int, place: str, fresh: bool) -> Iterator[Call]:
+def make_calls(encoder: VisionEncoder, items: int, side: int, place: str, batch: str) -> Iterator[Call]:
     """The inputs of one line, each made when it is asked for; all calls share their pixels."""
     shape = items * side * side, encoder.spec.patch_width
     at = encoder.device if place == "device" else torch.device("cpu")
     pixels = torch.zeros(shape, dtype=encoder.dtype, device=at, pin_memory=place == "pinned").fill_(0.5)
-    batches = fresh_batches(items, side) if fresh else [[Grid(1, side, side)] * items] * CALLS
+    batches = [[Grid(1, side, side)] * items] * CALLS if batch == "known" else fresh_batches(items, side)
+    if batch == "mixed":
+        batches = batches[:1] * CALLS
     # The sizes are known, a new combination is not: forget what an earlier line left.
     encoder.engine.planner.cost = replace(encoder.engine.planner.cost)  # and with it the plans
     encoder.engine._prepared.clear()
@@ -125,11 +128,11 @@ def make_calls(encoder: VisionEncoder, items: int, side: int, place: str, fresh:
 
 
 def one_round(
-    encoder: VisionEncoder, launches: Launches, items: int, side: int, place: str, fresh: bool, gpu: str
+    encoder: VisionEncoder, launches: Launches, items: int, side: int, place: str, batch: str, gpu: str
 ) -> dict[str, float]:
     """Microseconds of one round of a line. Where a batch takes several packs, `launch` is that of the first."""
     python: list[float] = []
-    calls = (partial(encoder.encode_patches, *call) for call in make_calls(encoder, items, side, place, fresh))
+    calls = (partial(encoder.encode_patches, *call) for call in make_calls(encoder, items, side, place, batch))
     times = []
     launches.clear()
     for start, end in paced(every_second_after_python(calls, python), gpu):
@@ -200,14 +203,15 @@ def main() -> None:
             for index, graph in list(graphs.items()):
                 graphs[index] = replace(graph, graph=Watched(graph.graph, launches))  # type: ignore[arg-type]
         sizes = [(items, side_of(items)) for items in ITEMS]
-        kinds = [(*size, "device", fresh, gpu) for fresh in (False, True) for size in sizes for gpu in IN_FLIGHT]
+        kinds = [(*size, "device", batch, gpu) for batch in ("known", "new") for size in sizes for gpu in IN_FLIGHT]
         # What is staged waits for its slot: two calls may be in flight, no more.
-        staged = [(HOST_ITEMS, side_of(HOST_ITEMS), place) for place in PLACES[1:]]
-        kinds += [(*one, False, gpu) for one in (*staged, (*SEVERAL_PACKS, "device")) for gpu in ("idle", "busy")]
+        staged = [(HOST_ITEMS, side_of(HOST_ITEMS), place, "known") for place in PLACES[1:]]
+        kinds += [(*one, gpu) for one in staged for gpu in ("idle", "busy")]
+        kinds += [(items, side, "device", batch, "idle") for items, side, batch in SEVERAL_PACKS]
         rounds = [[one_round(encoder, launches, *kind) for kind in kinds] for _ in range(ROUNDS)]
     lines = []
-    for (items, side, place, fresh, gpu), *own in zip(kinds, *rounds, strict=True):
-        batch, found = "new" if fresh else "known", quietest(own)
+    for (items, side, place, batch, gpu), *own in zip(kinds, *rounds, strict=True):
+        found = quietest(own)
         lines.append(
             {"items": items, "side": side, "pixels": place, "batch": batch, "gpu": gpu, **found, "rounds": own}
         )

@@ -17,6 +17,9 @@ Counts = Mapping[str, int]
 """How many rows of each kind ("patch", "token", "item", "segment", "window", ...) something has or holds."""
 
 
+Stretches = tuple[tuple[int, int], ...]
+"""Where the pixel rows of a pack lie in those of its batch: first row and number of rows of each stretch."""
+
 NOWHERE = b""
 
 MOST_PATCHES = 1 << 40
@@ -195,8 +198,8 @@ class Pack:
         self.__dict__["stretches"] = tuple(_stretches(self.pieces, starts))
 
     @cached_property
-    def stretches(self) -> tuple[tuple[int, int], ...]:
-        """Where its pixel rows lie in those of its batch: first row and number of rows of each stretch.
+    def stretches(self) -> Stretches:
+        """Where its pixel rows lie in those of its batch.
 
         Raises:
             LookupError: for a pack that is neither a whole batch nor was located.

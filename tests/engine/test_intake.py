@@ -18,8 +18,9 @@ from vitgraph.core import Grid
 from vitgraph.engine import intake_triton
 from vitgraph.engine.compose import Composer
 from vitgraph.engine.graph import CapturedGraph
-from vitgraph.engine.intake import DTYPES, Intake
-from vitgraph.engine.mailbox import HEAD
+from vitgraph.engine.intake import DTYPES, VECTOR, Intake
+from vitgraph.engine.mailbox import HEAD, STRETCHES, stretch_table
+from vitgraph.engine.staging import Staging
 
 pytest.importorskip("triton")
 pytestmark = [
@@ -138,13 +139,34 @@ def test_rows_of_any_number_of_elements_are_copied_and_nothing_behind_them(
     monkeypatch.setattr(intake_triton, "BLOCK", 64)
     likes = [torch.zeros(8, dtype=like) for like in DTYPES]
     rows = torch.randn(256).to(dtype)
-    out = torch.full((200,), -1.0)
-    request = torch.zeros(HEAD, dtype=torch.int32)
-    request[1] = DTYPES.index(dtype) + 1
-    request.view(torch.int64)[1:] = torch.tensor([rows.data_ptr(), elements])
-    intake_triton.copy_pixels(request, likes, out)
-    assert torch.equal(out[:elements], rows[:elements].float())
+    out = torch.full((200, 1), -1.0)
+    intake_triton.copy_pixels(asked(rows, elements), HEAD, likes, out)
+    assert torch.equal(out[:elements, 0], rows[:elements].float())
     assert (out[elements:] == -1).all()
+
+
+def asked(rows: Tensor, elements: int, stretches: tuple = ()) -> Tensor:
+    """A request for rows, as the device has it."""
+    table = torch.frombuffer(bytearray(stretch_table(stretches) or bytes(8)), dtype=torch.int32)
+    request = torch.cat([torch.zeros(HEAD, dtype=torch.int32), table])
+    request[1], request[STRETCHES] = DTYPES.index(rows.dtype) + 1, len(stretches)
+    request.view(torch.int64)[1:3] = torch.tensor([rows.data_ptr(), elements])
+    return request
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block", [16, 64, 4096])
+@pytest.mark.parametrize("width", [8, 24])
+def test_rows_in_stretches_are_copied_one_after_another(width: int, block: int, dtype, monkeypatch) -> None:
+    monkeypatch.setattr(intake_triton, "BLOCK", block)
+    likes = [torch.zeros(8, dtype=like) for like in DTYPES]
+    rows = torch.randn(40, width).to(dtype)
+    for stretches in (((30, 9), (0, 1), (2, 1), (5, 13)), ((3, 2), (1, 1)), tuple((i, 1) for i in range(39, 0, -2))):
+        out = torch.full((30, width), -1.0)
+        want = torch.cat([rows[first : first + count] for first, count in stretches]).float()
+        intake_triton.copy_pixels(asked(rows, want.numel(), stretches), HEAD, likes, out)
+        assert torch.equal(out[: len(want)], want)
+        assert (out[len(want) :] == -1).all()
 
 
 def test_what_one_encoder_knows_of_a_batch_is_not_taken_from_another() -> None:
@@ -160,12 +182,33 @@ def test_what_one_encoder_knows_of_a_batch_is_not_taken_from_another() -> None:
     assert pack.grids.known[0] is not second.engine.planner.batch(pack.grids).known[0]
 
 
+@pytest.mark.parametrize("family", ["qwen3_vl", "internvl"])
+def test_rows_that_lie_apart_are_read_by_graphs_where_they_are_as_wide_as_vectors(family: str, monkeypatch) -> None:
+    encoder = played(family)
+    tiles = [Grid(n, 4, 4) for n in (20, 3, 15, 20, 1, 9)]
+    grids = tiles if family == "internvl" else [Grid(1, 2 * n, 16) for n in (8, 7, 3, 8, 1, 5)]
+    x = rows_of(encoder, grids)
+    apart = sum(len(pack.stretches) > 1 for pack in encoder.plan(grids))
+    assert apart
+    copies: list[int] = []
+    bring = Staging._bring_rows
+    monkeypatch.setattr(Staging, "_bring_rows", lambda *given: (copies.append(1), bring(*given))[1])
+    want = encoder.encode_patches(x, grids, mode="padded")
+    copies.clear()
+    for _ in range(3):
+        assert same(encoder.encode_patches(x, grids), want)
+    assert len(copies) == (3 * apart if encoder.spec.patch_width % VECTOR else 0)
+
+
 def test_batches_in_pieces_and_in_several_packs() -> None:
     encoder = played()
     grids = [Grid(1, 2 * choose, 16) for choose in (8, 7, 3, 8, 1, 5)]
     x = rows_of(encoder, grids)
     assert len(encoder.plan(grids)) > 1
-    assert same(encoder.encode_patches(x, grids), encoder.encode_patches(x, grids, mode="padded"))
+    assert any(len(pack.stretches) > 1 for pack in encoder.plan(grids))
+    for given in (x, x.half().float(), x.double()):
+        for _ in range(2):
+            assert same(encoder.encode_patches(given, grids), encoder.encode_patches(given, grids, mode="padded"))
     got = encoder.engine.embed([own.clone() for own in x.split([grid.patches for grid in grids])], grids)
     assert same(got, encoder.encode_patches(x, grids, mode="padded"))
 

@@ -11,7 +11,17 @@ import pytest
 import torch
 
 from vitgraph.engine.graph import CapturedGraph
-from vitgraph.engine.mailbox import ENTRIES, HEAD, NOTHING, SPINS, Mailbox, Request
+from vitgraph.engine.mailbox import (
+    ENTRIES,
+    HEAD,
+    NOTHING,
+    SPINS,
+    STRETCH_WORDS,
+    STRETCHES,
+    Mailbox,
+    Request,
+    stretch_table,
+)
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel is compiled here")
@@ -31,19 +41,22 @@ def make(most_places: int = 5) -> Mailbox:
     return Mailbox(most_places, CPU, refuse)
 
 
-def request(places: list[int], *pixels: int) -> Request:
-    return Request(struct.pack(f"={len(places)}i", *places), *pixels)
+def request(places: list[int], *pixels: int, stretches: tuple = ()) -> Request:
+    table = stretch_table(stretches) if stretches else b""
+    return Request(struct.pack(f"={len(places)}i", *places), *pixels)._replace(stretches=table)
 
 
 def fetched(mailbox: Mailbox) -> Request:
     """What the device reads next."""
     from vitgraph.engine.intake_triton import fetch
 
-    fetch(mailbox.ring, mailbox.next, mailbox.request)
+    fetch(mailbox.ring, mailbox.next, mailbox.request, mailbox.first_stretch)
     mailbox.copied.copy_(mailbox.next)  # as the kernel that composes does
     items, dtype = mailbox.request[:2].tolist()
     address, elements = mailbox.request.view(torch.int64)[1:3].tolist()
-    return request(mailbox.request[HEAD : HEAD + items].tolist(), dtype, address, elements)
+    end = mailbox.first_stretch + STRETCH_WORDS * int(mailbox.request[STRETCHES])
+    table = mailbox.request[mailbox.first_stretch : end].numpy().tobytes()
+    return request(mailbox.request[HEAD : HEAD + items].tolist(), dtype, address, elements)._replace(stretches=table)
 
 
 def test_requests_are_read_in_order_around_the_ring() -> None:
@@ -53,6 +66,21 @@ def test_requests_are_read_in_order_around_the_ring() -> None:
         mailbox.post(sent)
         assert fetched(mailbox) == sent
     assert int(mailbox.next) == mailbox.posted == ENTRIES + 9
+
+
+def test_stretches_come_with_all_places_and_are_not_left_to_the_next_request() -> None:
+    mailbox = make(5)
+    every = ((7, 3), (1, 2), (20, 1), (30, 4), (1 << 30, 9))
+    sent = [
+        request([1, 2, 3, 4, 5], 1, 64, 19, stretches=every),
+        request([6], 1, 64, 5),
+        request([], 2, 64, 5, stretches=every[:2]),
+        NOTHING,
+    ]
+    for one in sent:
+        mailbox.post(one)
+    assert [fetched(mailbox) for _ in sent] == sent
+    assert stretch_table(every[:2]) == struct.pack("=4i", 3, 7, 5, 1)
 
 
 def test_a_full_ring_is_waited_for_and_nothing_is_written_over() -> None:

@@ -345,6 +345,23 @@ def test_prepared_replays_in_any_order_on_any_stream_equal_the_padded_run(family
             assert all(torch.equal(a, b) for a, b in zip(outputs, want[index], strict=True))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_several_packs_of_rows_that_lie_apart_equal_the_padded_run(family: str) -> None:
+    with make(family) as encoder:
+        grids = (image_grids(encoder.spec) + clip_grids(encoder.spec)[:1]) * 2
+        while len(encoder.plan(grids)) < 2:
+            grids = grids * 2
+        assert any(len(pack.stretches) > 1 for pack in encoder.plan(grids))
+        bf16 = pixels(encoder, grids, 3)
+        misaligned = torch.cat([bf16.new_zeros(1), bf16.flatten()])[1:].view(bf16.shape)
+        for x in (bf16, bf16.half(), bf16.float(), misaligned, bf16.double()):
+            want = tensors(encoder.encode_patches(x, grids, mode="padded"))
+            for _ in range(3):
+                got = tensors(encoder.encode_patches(x, grids))
+                assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        assert encoder.stats.host_metadata == 5 * len(encoder.plan(grids)), "of the padded runs alone"
+
+
 def test_staging_and_poison_between_prepared_replays_do_not_show() -> None:
     with make("qwen3_vl") as encoder:
         grids = [(1, 8, 8), (1, 4, 6)]

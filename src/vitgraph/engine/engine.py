@@ -23,7 +23,7 @@ from vitgraph.engine.order import RunOrder
 from vitgraph.engine.prepared import PreparedBatch, PreparedBatches
 from vitgraph.engine.results import Outputs, Ran, embeddings, outputs_of
 from vitgraph.engine.runner import Mode, PackRunner
-from vitgraph.engine.staging import Staging, pixels_of
+from vitgraph.engine.staging import Staging
 from vitgraph.engine.stats import Counters, Stats
 from vitgraph.engine.timer import EngineTimer
 from vitgraph.errors import EngineReleasedError
@@ -268,7 +268,7 @@ class Engine:
                 rows = [own.detach() for own in rows]
             elif rows.requires_grad:
                 rows = rows.detach()
-            return [(pack, self._runner.run(pack, pixels_of(pack, rows), mode)) for pack in packs]
+            return [(pack, self._runner.run(pack, rows, mode)) for pack in packs]
 
     def _prepare(self, packs: Sequence[Pack], grids: Sequence[Grid], rows: Tensor) -> PreparedBatch | None:
         """The batch with all that its replays need; None where a pack runs eager, its graph is missing, or the rows
@@ -279,11 +279,7 @@ class Engine:
         return PreparedBatch(grids, rows.shape, replays, self.planner.cost) if len(replays) == len(packs) else None
 
     def _replay(self, batch: PreparedBatch, rows: Tensor) -> list[Ran]:
-        run, replays = self._runner.replay, batch.replays
-        if len(replays) == 1:  # nothing needs to be cut
-            ran = [(replays[0].pack, run(replays[0], [rows]))]
-        else:
-            ran = [(replay.pack, run(replay, pixels_of(replay.pack, rows))) for replay in replays]
+        ran = [(replay.pack, self._runner.replay(replay, rows)) for replay in batch.replays]
         self._counters.plan([pack for pack, _ in ran], len(batch.grids))
         return ran
 

@@ -13,10 +13,10 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from vitgraph.core import Counts
+from vitgraph.core import Counts, Stretches
 from vitgraph.engine.buffers import Arena, MetadataLayout, StaticBuffers
 from vitgraph.engine.compose import Composer
-from vitgraph.engine.mailbox import NOTHING, Mailbox
+from vitgraph.engine.mailbox import NOTHING, Mailbox, stretch_table
 from vitgraph.models.contract import TowerSpec
 
 logger = logging.getLogger("vitgraph")
@@ -24,8 +24,9 @@ logger = logging.getLogger("vitgraph")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Of pixel rows that a graph copies itself; the first has code 1."""
 
-VECTOR_BYTES = 16
-"""Such rows begin at a multiple of it: they are loaded in vectors."""
+VECTOR_BYTES, VECTOR = 16, 8
+"""Such rows begin at a multiple of so many bytes: they are loaded in vectors. So many elements wide, or a multiple, are
+rows in several stretches."""
 
 _CODES = {dtype: code for code, dtype in enumerate(DTYPES, start=1)}
 
@@ -60,8 +61,8 @@ class Intake:
             buffers: of the budget, which hold whatever the request asks for.
         """
         mailbox = self.mailbox
-        self._kernels.fetch(mailbox.ring, mailbox.next, mailbox.request)
-        self._kernels.copy_pixels(mailbox.request, self._likes, buffers.inputs.pixel_values)
+        self._kernels.fetch(mailbox.ring, mailbox.next, mailbox.request, mailbox.first_stretch)
+        self._kernels.copy_pixels(mailbox.request, mailbox.first_stretch, self._likes, buffers.inputs.pixel_values)
         self.composer.launch(mailbox.request, (mailbox.next, mailbox.copied), buffers.layout)
 
     def warm_up(self, buffers: StaticBuffers) -> None:
@@ -75,17 +76,26 @@ class Intake:
             self.launch(buffers)
             self._warm = True
 
-    def rows_of(self, rows: Tensor) -> tuple[int, int, int] | None:
-        """What a request says of pixel rows, if a graph can copy them itself: dtype, address and elements.
+    def source_of(self, rows: Tensor, stretches: Stretches) -> tuple[int, int, int, bytes] | None:
+        """What a request says of pixel rows, if a graph can copy them itself: dtype, address, elements and, where there
+        are several, the stretches.
 
         Args:
-            rows: `[P, patch_width]`, of any dtype and on any device.
+            rows: `[P, patch_width]` of a batch, of any dtype and on any device.
+            stretches: of them that a pack takes.
         """
         code = _CODES.get(rows.dtype)
         if code is None or rows.get_device() != self._index or not rows.is_contiguous():
             return None
-        address = rows.data_ptr()
-        return None if address % VECTOR_BYTES else (code, address, rows.numel())
+        address, width = rows.data_ptr(), rows.shape[1]
+        if len(stretches) == 1:
+            ((first, count),) = stretches
+            if first:
+                address += first * width * rows.element_size()
+            return None if address % VECTOR_BYTES else (code, address, count * width, b"")
+        if address % VECTOR_BYTES or width % VECTOR:
+            return None
+        return code, address, sum([count for _, count in stretches]) * width, stretch_table(stretches)
 
 
 def _check(device: torch.device) -> None:

@@ -10,15 +10,23 @@ import struct
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import lru_cache
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 import torch
 
+from vitgraph.core import Stretches
+
 ENTRIES = 256
 WORD = 4
-_HEAD = struct.Struct("=2i2q")
+_HEAD = struct.Struct("=2i2q2i")
 HEAD = _HEAD.size // WORD
-"""Words before the places: how many places, the code of the pixel rows' dtype, their address, how many elements."""
+STRETCHES = HEAD - 2
+"""Words before the places: how many of these, the code of the pixel rows' dtype, their address, how many elements, in
+word STRETCHES how many stretches, and one that is empty."""
+
+STRETCH_WORDS = 2
 
 PAUSE_SECONDS, MOST_SECONDS = 20e-6, 10.0
 SPINS = 500
@@ -33,23 +41,37 @@ class Request(NamedTuple):
         dtype: code of the pixel rows' dtype, see `intake`; 0: the static pixel rows stay as they are.
         address: of the pixel rows on the device, which lie one after another.
         elements: of all pixel rows.
+        stretches: where they do not lie one after another: see `stretch_table`.
     """
 
     places: bytes = b""
     dtype: int = 0
     address: int = 0
     elements: int = 0
+    stretches: bytes = b""
 
 
 NOTHING = Request()
 """The forward alone, on what lies in the static buffers."""
 
 
+@lru_cache(maxsize=1024)
+def stretch_table(stretches: Stretches) -> bytes:
+    """Per stretch two int32, as requests hold them: the pack's row that follows it, and its first row in the batch.
+
+    Args:
+        stretches: of a pack.
+    """
+    ends = accumulate(rows for _, rows in stretches)
+    words = chain(*zip(ends, (first for first, _ in stretches), strict=True))
+    return struct.pack(f"={2 * len(stretches)}i", *words)
+
+
 class Mailbox:
     """A ring of requests.
 
     Args:
-        most_places: of a request.
+        most_places: of a request, and most stretches.
         device: that reads them.
         check: called while the ring is full; raises where the device will read no more.
 
@@ -59,11 +81,13 @@ class Mailbox:
         next: `[1]` int64 on the device: the request that it reads next.
         request: `[words]` int32 on the device: the request that was read last.
         posted: requests so far.
+        first_stretch: the word of a request where its stretches begin, behind room for all places.
     """
 
     def __init__(self, most_places: int, device: torch.device, check: Callable[[], object]) -> None:
         pinned = device.type == "cuda"
-        words = -(-(HEAD + most_places) // 4) * 4
+        self.first_stretch = HEAD + most_places
+        words = -(-(self.first_stretch + STRETCH_WORDS * most_places) // 4) * 4
         self.ring = torch.zeros(ENTRIES, words, dtype=torch.int32, pin_memory=pinned)
         self.copied = torch.zeros(1, dtype=torch.int64, pin_memory=pinned)
         self.next = torch.zeros(1, dtype=torch.int64, device=device)
@@ -89,13 +113,17 @@ class Mailbox:
         """Leaves the request for the replay that is launched next; waits while the ring is full.
 
         Args:
-            request: its places are at most `most_places`.
+            request: of at most `most_places` places and stretches.
         """
         while self.posted - self._copied[0] >= ENTRIES:
             self._pause()
-        places, dtype, address, elements = request
+        places, dtype, address, elements, stretches = request
         entry = self.posted % ENTRIES * self._entry
-        _HEAD.pack_into(self._bytes, entry, len(places) // WORD, dtype, address, elements)
+        count = len(stretches) // (STRETCH_WORDS * WORD)
+        _HEAD.pack_into(self._bytes, entry, len(places) // WORD, dtype, address, elements, count, 0)
+        if count:
+            at = entry + self.first_stretch * WORD
+            self._bytes[at : at + len(stretches)] = stretches
         entry += _HEAD.size
         self._bytes[entry : entry + len(places)] = places
         self.posted += 1

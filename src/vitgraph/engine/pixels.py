@@ -8,10 +8,30 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from vitgraph.core import Pack
 from vitgraph.engine.slots import StagingSlot
 
 PieceRows = Tensor
 """`[P_i, patch_width]` rows of one piece, or of several that follow each other, a view of the caller's memory."""
+
+BatchRows = Tensor | Sequence[Tensor]
+"""`[P, patch_width]` rows of all items of a batch one after another, or per item `[P_i, patch_width]`."""
+
+
+def pixels_of(pack: Pack, rows: BatchRows) -> list[PieceRows]:
+    """Rows of the pack's pieces, in row order.
+
+    Args:
+        pack: whose pieces are meant.
+        rows: of its batch.
+    """
+    if isinstance(rows, Tensor):
+        return [rows if count == rows.shape[0] else rows.narrow(0, first, count) for first, count in pack.stretches]
+    found = []
+    for piece in pack.pieces:
+        own, count = rows[piece.item], piece.grid.patches
+        found.append(own if own.shape[0] == count else own[piece.first_row : piece.first_row + count])
+    return found
 
 
 def copy_rows(

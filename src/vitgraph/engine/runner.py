@@ -15,7 +15,7 @@ from vitgraph.engine.buffers import Arena, MetadataLayout, StaticBuffers
 from vitgraph.engine.graph import CapturedGraph, copy_outputs
 from vitgraph.engine.ladder import WAITING, Ladder
 from vitgraph.engine.order import RunOrder
-from vitgraph.engine.pixels import PieceRows
+from vitgraph.engine.pixels import BatchRows, PieceRows, pixels_of
 from vitgraph.engine.prepared import PreparedReplay
 from vitgraph.engine.results import Outputs
 from vitgraph.engine.staging import Staging
@@ -63,12 +63,12 @@ class PackRunner:
         self._on_device = device.type == "cuda"
         self._verbose = config.verbose
 
-    def run(self, pack: Pack, pixels: Sequence[PieceRows], mode: Mode) -> Outputs:
+    def run(self, pack: Pack, rows: BatchRows, mode: Mode) -> Outputs:
         """The pack's outputs, in memory of their own.
 
         Args:
             pack: to run.
-            pixels: of its pieces, in row order.
+            rows: of its batch; they need no gradient.
             mode: see `Mode`.
 
         Raises:
@@ -77,8 +77,8 @@ class PackRunner:
         if pack.budget is None or mode == "eager":
             if mode != "eager":
                 self._counters.eager(pack)
-            return self.run_exact(pack.counts, pack.grids, pixels)
-        outputs, captured = self._run_padded(pack, pack.budget, pixels, mode == "auto" and self._on_device)
+            return self.run_exact(pack.counts, pack.grids, pixels_of(pack, rows))
+        outputs, captured = self._run_padded(pack, pack.budget, rows, mode == "auto" and self._on_device)
         tokens = self._ladder.budgets[pack.budget].tokens
         self._counters.replay(pack, tokens, captured)
         if self._verbose:
@@ -117,17 +117,17 @@ class PackRunner:
         """Whether its budget's graph is what it was."""
         return prepared.graph is self._graph(prepared.pack.budget, prepared.long)
 
-    def replay(self, prepared: PreparedReplay, pixels: Sequence[PieceRows]) -> Outputs:
+    def replay(self, prepared: PreparedReplay, rows: BatchRows) -> Outputs:
         """The pack's outputs, in memory of their own. Before the launch nothing is done per item.
 
         Args:
             prepared: current.
-            pixels: of its pieces, in row order; they need no gradient.
+            rows: of its batch; they need no gradient.
         """
         pack = prepared.pack
         stream = self._order.enter()
         try:
-            self._launch(prepared.graph, prepared.buffers, prepared.long, pack, pixels, stream)
+            self._launch(prepared.graph, prepared.buffers, prepared.long, pack, rows, stream)
             outputs = tuple([output.clone() for output in prepared.outputs])
         finally:
             self._order.leave(stream)
@@ -137,9 +137,7 @@ class PackRunner:
             _log(pack, prepared.tokens)
         return outputs
 
-    def _run_padded(
-        self, pack: Pack, budget: int, pixels: Sequence[PieceRows], use_graph: bool
-    ) -> tuple[Outputs, bool]:
+    def _run_padded(self, pack: Pack, budget: int, rows: BatchRows, use_graph: bool) -> tuple[Outputs, bool]:
         """The pack's outputs, and whether a graph made them."""
         buffers = self._ladder.static(budget)
         stream = self._order.enter()
@@ -148,7 +146,7 @@ class PackRunner:
             captured = use_graph and self._has_graph(pack, budget)
             long = self._ladder.runs_long(budget, pack.counts)
             graph = self._ladder.graph(budget, long) if captured else None
-            self._launch(graph, buffers, long, pack, pixels, stream)
+            self._launch(graph, buffers, long, pack, rows, stream)
             # The next replay writes over this memory, so the caller gets a copy of the rows that are his.
             return tuple([output.clone() for output in buffers.outputs_of(pack.counts)]), captured
         finally:
@@ -161,17 +159,17 @@ class PackRunner:
         buffers: StaticBuffers,
         long: bool,
         pack: Pack,
-        pixels: Sequence[PieceRows],
+        rows: BatchRows,
         stream: torch.cuda.Stream | None,
     ) -> None:
         """Runs a pack in its budget: the graph, or without one the same forward, into the static outputs."""
         intake = buffers.arena.intake
         if graph is not None and intake is not None:
-            graph.replay(self._staging.request(intake, buffers, pack, pixels, stream))
+            graph.replay(self._staging.request(intake, buffers, pack, rows, stream))
             self._staging.launched(intake.mailbox)
             buffers.arena.holds = pack
             return
-        self._staging.fill_pack(buffers, pack, pixels, stream)
+        self._staging.fill_pack(buffers, pack, rows, stream)
         if graph is not None:
             graph.replay()
         else:

@@ -15,7 +15,7 @@ from vitgraph.engine.buffers import StaticBuffers, with_lengths
 from vitgraph.engine.compose import Composer
 from vitgraph.engine.intake import Intake
 from vitgraph.engine.mailbox import WORD, Mailbox, Request
-from vitgraph.engine.pixels import PieceRows, copy_rows, land_rows
+from vitgraph.engine.pixels import BatchRows, PieceRows, copy_rows, land_rows, pixels_of
 from vitgraph.engine.slots import StagingSlot
 from vitgraph.errors import PatchError
 from vitgraph.models.contract import Tower, TowerBuffers
@@ -75,7 +75,7 @@ class Staging:
         intake: Intake,
         buffers: StaticBuffers,
         pack: Pack,
-        pixels: Sequence[PieceRows],
+        rows: BatchRows,
         stream: torch.cuda.Stream | None,
     ) -> Request:
         """What the graph of the pack's budget shall do; what it cannot do itself is queued before it.
@@ -84,7 +84,7 @@ class Staging:
             intake: of the buffers' arena.
             buffers: of the pack's budget.
             pack: to run.
-            pixels: of its pieces, in row order.
+            rows: of its batch.
             stream: the current stream.
         """
         places = b""
@@ -92,15 +92,22 @@ class Staging:
             self.grids.count_hits(len(pack.grids))
         else:
             places = self._places(intake.composer, buffers, pack, stream)
-        if len(pixels) == 1 and (rows := intake.rows_of(pixels[0])):
-            return Request(places, *rows)
-        if all(rows.device != self._device for rows in pixels):
+        source = None
+        if isinstance(rows, Tensor):
+            source = intake.source_of(rows, pack.stretches)
+        elif len(pack.grids) == 1:
+            (own,) = pixels_of(pack, rows)
+            source = intake.source_of(own, ((0, own.shape[0]),))
+        if source is not None:
+            return Request(places, *source)
+        pixels = pixels_of(pack, rows)
+        if all(piece.device != self._device for piece in pixels):
             self._sent = slot = buffers.arena.next_slot()
             landing, filled = land_rows(pixels, slot, stream)
             if slot.landed is None:
-                slot.landed = intake.rows_of(landing)
+                slot.landed = intake.source_of(landing, ((0, landing.shape[0]),))
             assert slot.landed is not None, "landing rows lie on the device, one after another, in the tower's dtype"
-            dtype, address, _ = slot.landed
+            dtype, address, *_ = slot.landed
             return Request(places, dtype, address, filled * landing.shape[1])
         self._bring_rows(buffers, pixels, stream)
         return Request(places)
@@ -136,17 +143,16 @@ class Staging:
         self.fill(buffers, pack.grids, [], stream)
         return b""
 
-    def fill_pack(
-        self, buffers: StaticBuffers, pack: Pack, pixels: Sequence[PieceRows], stream: torch.cuda.Stream | None
-    ) -> None:
+    def fill_pack(self, buffers: StaticBuffers, pack: Pack, rows: BatchRows, stream: torch.cuda.Stream | None) -> None:
         """Fills the buffers of the pack's budget; its metadata only if that does not lie there already.
 
         Args:
             buffers: of the pack's budget.
             pack: to run.
-            pixels: of its pieces, in row order.
+            rows: of its batch.
             stream: the current stream on CUDA.
         """
+        pixels = pixels_of(pack, rows)
         if self.holds(buffers, pack):
             self.grids.count_hits(len(pack.grids))
             self._bring_rows(buffers, pixels, stream)
@@ -215,19 +221,3 @@ class Staging:
             ends = [np.diff(plan.metadata[segments.name], prepend=0) for plan in plans]
             lengths[segments.name] = tuple(int(n) for n in np.concatenate(ends))
         return with_lengths(inputs, lengths)
-
-
-def pixels_of(pack: Pack, rows: Tensor | Sequence[Tensor]) -> list[PieceRows]:
-    """Rows of the pack's pieces, in row order.
-
-    Args:
-        pack: whose pieces are meant.
-        rows: one tensor with the rows of all items of the batch, or per item its rows.
-    """
-    if isinstance(rows, Tensor):
-        return [rows if count == rows.shape[0] else rows.narrow(0, first, count) for first, count in pack.stretches]
-    found = []
-    for piece in pack.pieces:
-        own, count = rows[piece.item], piece.grid.patches
-        found.append(own if own.shape[0] == count else own[piece.first_row : piece.first_row + count])
-    return found
