@@ -42,6 +42,7 @@ PATCHES: dict[str, tuple[ModuleType, str, Any]] = {
     "rotary kernel": (block, "rotate_qk", apply_rotary),
     "GELU epilogue": (mlp, "linear_gelu_tanh", _gelu_after_linear),
     "no GEMM workspace": (engine, "without_workspace", nullcontext),
+    "measured GEMMs": (engine, "make_gemms", lambda *_: None),
     "padded MLP": (mlp, "ALIGNED", 1),
     "gate kernel": (mlp, "gate", _gate),
     "position table kernel": (pos_embed_triton, "add_table_in_place", _add_table),
@@ -61,7 +62,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 PREPARED = "prepared replays"
 ORDER = ("graph", "Triton attention", "TMA loads", "fused norm and residual", "rotary kernel", "GELU epilogue",
          "no GEMM workspace", "padded MLP", "gate kernel", "position table kernel", "side stream",
-         "FlashAttention wheels", "fine ladder",
+         "FlashAttention wheels", "fine ladder", "measured GEMMs",
          "metadata on the device", PREPARED)  # fmt: skip
 """As a waterfall adds them. Without wheels the step that adds them changes nothing."""
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vitgraph.layers.block import Attention, Block
+from vitgraph.layers.gemm import linear_gelu_tanh
 from vitgraph.layers.mlp import GatedMlp, Mlp
 from vitgraph.layers.norm import RMSNorm
 from vitgraph.layers.ops import (
@@ -17,7 +18,6 @@ from vitgraph.layers.ops import (
     fused_norm,
     gate,
     layer_norm,
-    linear_gelu_tanh,
     rotate_qk,
 )
 from vitgraph.layers.pos_embed import gather_table

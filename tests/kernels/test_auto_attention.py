@@ -15,11 +15,12 @@ from vitgraph import EncoderConfig, VisionEncoder
 from vitgraph.attention import flash
 from vitgraph.attention.auto import CLASSES, AutoAttention
 from vitgraph.attention.base import Segments, has_own_graph
-from vitgraph.attention.choices import cache_folder, load_times, save_times
+from vitgraph.attention.choices import load_times, save_times
 from vitgraph.attention.sdpa import SdpaAttention
 from vitgraph.attention.select import select_attention
 from vitgraph.core import Grid
 from vitgraph.errors import ConfigError
+from vitgraph.measured import cache_folder
 
 CPU = torch.device("cpu")
 

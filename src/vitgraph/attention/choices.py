@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 
 import torch
+
+from vitgraph.measured import cache_folder, keep_entry, read_entry
 
 logger = logging.getLogger("vitgraph")
 
 Times = Mapping[int, Mapping[str, float]]
 """Rows of one segment -> backend -> microseconds."""
-
-
-def cache_folder() -> Path:
-    """`$VITGRAPH_CACHE`, else `vitgraph` in the user's cache folder."""
-    if "VITGRAPH_CACHE" in os.environ:
-        return Path(os.environ["VITGRAPH_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vitgraph"
 
 
 def choice_key(gpu: str, subjects: Sequence[str], heads: int, head_dim: int, dtype: torch.dtype) -> str:
@@ -59,32 +51,11 @@ def load_times(key: str, path: Path | None = None) -> dict[int, dict[str, float]
         key: names the GPU, versions and shape.
         path: default: `attention.json` in `cache_folder()`.
     """
-    entry = _read(path or cache_folder() / "attention.json").get(key)
-    if entry is None:
-        return None
-    return {int(rows): dict(times) for rows, times in entry.items()}
+    entry = read_entry(path or cache_folder() / "attention.json", key)
+    return None if entry is None else {int(rows): dict(times) for rows, times in entry.items()}
 
 
 def save_times(key: str, times: Times, path: Path | None = None) -> None:
-    """Adds an entry; other processes may do the same. A folder that cannot be written is logged, not raised."""
-    path = path or cache_folder() / "attention.json"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        entries = _read(path) | {key: {str(rows): dict(own) for rows, own in times.items()}}
-        with NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False, encoding="utf-8") as file:
-            json.dump(entries, file, indent=1)
-        # Readers see the old file or the new one, never half of it.
-        os.replace(file.name, path)
-    except OSError as error:
-        logger.warning("measured choices cannot be kept in %s: %s; they are measured again next time", path, error)
-
-
-def _read(path: Path) -> dict[str, dict[str, dict[str, float]]]:
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        logger.warning("%s cannot be read: %s; its choices are measured again", path, error)
-        return {}
-    return entries if isinstance(entries, dict) else {}
+    """Adds an entry; see `keep_entry`."""
+    entry = {str(rows): dict(own) for rows, own in times.items()}
+    keep_entry(path or cache_folder() / "attention.json", key, entry)

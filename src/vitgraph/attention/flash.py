@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from vitgraph.attention.base import Segments
-from vitgraph.attention.choices import cache_folder
+from vitgraph.measured import cache_folder
 
 logger = logging.getLogger("vitgraph")
 

@@ -16,6 +16,7 @@ from vitgraph.attention.base import VarlenAttention, tune
 from vitgraph.config import EncoderConfig
 from vitgraph.core import Grid, KnownGrid, Pack, sum_counts
 from vitgraph.embedding import VisionEmbedding
+from vitgraph.engine.gemms import make_gemms
 from vitgraph.engine.graph import CapturedGraph
 from vitgraph.engine.ladder import Ladder, Progress
 from vitgraph.engine.measure import measure_costs
@@ -63,13 +64,15 @@ class Engine:
             settle_cos_and_sin()
         for heads, head_dim in sorted(_attention_shapes(tower)):
             tune(attention, heads, head_dim, device, dtype)
-        self.ladder = Ladder(self.spec, self._forward, device, dtype, config, attention)
+        # What torch.compile made is not looked into.
+        self._gemms = make_gemms(device, dtype) if config.graph and not config.compile else None
+        self.ladder = Ladder(self.spec, self._forward_static, device, dtype, config, attention, self._gemms)
         self.planner = Planner(self.spec, self.budgets)
         self.staging = Staging(tower, device, config.metadata_cache)
         self._counters = Counters(config.graph and config.strict)
         self._order = RunOrder(device)
         self._runner = PackRunner(
-            self.spec, self._forward, device, dtype, config, attention,
+            self.spec, self._forward, self._forward_static, device, dtype, config, attention,
             self.ladder, self.staging, self._order, self._counters,
         )  # fmt: skip
         self._prepared = PreparedBatches()
@@ -308,6 +311,13 @@ class Engine:
         if before is None or before != _version(inputs):
             self.staging.metadata_is_only_read = False
         return result if isinstance(result, tuple) else (result,)
+
+    def _forward_static(self, inputs: TowerBuffers) -> Outputs:
+        """As `_forward`, on the static buffers of a budget: products run by the algorithms that were chosen for it."""
+        if self._gemms is None:
+            return self._forward(inputs)
+        with self._gemms.applied():
+            return self._forward(inputs)
 
     def _guard(self) -> AbstractContextManager[object]:
         """The right device, for who holds the lock; an error after `release()`."""

@@ -15,6 +15,7 @@ from vitgraph.config import EncoderConfig
 from vitgraph.core import Counts
 from vitgraph.engine.buffers import Arena, MetadataLayout, StaticBuffers
 from vitgraph.engine.compose import Composer
+from vitgraph.engine.gemms import Gemms
 from vitgraph.engine.graph import CapturedGraph, GraphPool
 from vitgraph.engine.intake import make_intake
 from vitgraph.models.contract import TowerBuffers, TowerSpec
@@ -41,6 +42,7 @@ class Ladder:
         device, dtype: of the tower.
         config: see `EncoderConfig`.
         attention: the tower's backend, which may want tile schedules.
+        gemms: chooses the algorithms of the forward's products, if anything does.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Ladder:
         dtype: torch.dtype,
         config: EncoderConfig,
         attention: VarlenAttention,
+        gemms: Gemms | None = None,
     ) -> None:
         self.budgets = make_budgets(spec, config)
         self.graphs: dict[int, CapturedGraph] = {}
@@ -58,7 +61,7 @@ class Ladder:
         self.complete = not (config.graph and device.type == "cuda")
         self.capture_seconds = 0.0
         self._spec, self._forward, self._config = spec, forward, config
-        self._device, self._dtype, self._attention = device, dtype, attention
+        self._device, self._dtype, self._attention, self._gemms = device, dtype, attention, gemms
         self._layouts = [MetadataLayout(spec, budget.capacity, attention) for budget in self.budgets]
         self._arena: Arena | None = None
         self._buffers: dict[int, StaticBuffers] = {}
@@ -122,6 +125,7 @@ class Ladder:
                 return WAITING
             # A warm-up runs on what lies there, and the metadata of another budget is none of this one.
             self._make_arena().clear_block()
+            self._choose_algorithms([index])
             if self._capture(index):
                 return ""
         self.complete = True  # the memory limit is reached: no later budget can be captured either
@@ -139,6 +143,7 @@ class Ladder:
         arena = self._make_arena()
         arena.make_slots()
         arena.clear_block()
+        self._choose_algorithms(order, progress)
         warm_ups = self._warm_ups(order)
         for done, index in enumerate(order):
             if progress:
@@ -166,6 +171,18 @@ class Ladder:
         """
         blocks = {tuple(s.block for s in self._layouts[index].schedules): index for index in sorted(order)}
         return {order[0], order[-1], *blocks.values()}
+
+    def _choose_algorithms(self, indices: Sequence[int], progress: Progress | None = None) -> None:
+        """Of the products of these budgets, by those of the smallest one, whose forward runs once."""
+        if self._gemms is None:
+            return
+        start, smallest = time.perf_counter(), min(indices)
+        rows = {index: self.budgets[index].capacity["patch"] for index in indices}
+        with self._gemms.seeing() as seen:
+            self._forward(self.static(smallest).inputs)
+        tell = partial(progress, 0, len(indices), "measuring GEMMs") if progress else None
+        self._gemms.choose(seen, rows[smallest], rows.values(), tell)
+        self.capture_seconds += time.perf_counter() - start
 
     def _capture(self, index: int, warm_up: bool = True) -> bool:
         """Captures one budget; False when the memory limit is reached."""

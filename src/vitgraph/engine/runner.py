@@ -35,6 +35,7 @@ class PackRunner:
     Args:
         spec: of the tower.
         forward: of the tower, as a tuple of outputs.
+        static: the same on static buffers.
         device, dtype: of the tower.
         config: see `EncoderConfig`.
         attention: the tower's backend.
@@ -48,6 +49,7 @@ class PackRunner:
         self,
         spec: TowerSpec,
         forward: Callable[[TowerBuffers], Outputs],
+        static: Callable[[TowerBuffers], Outputs],
         device: torch.device,
         dtype: torch.dtype,
         config: EncoderConfig,
@@ -57,7 +59,7 @@ class PackRunner:
         order: RunOrder,
         counters: Counters,
     ) -> None:
-        self._spec, self._forward = spec, forward
+        self._spec, self._forward, self._static = spec, forward, static
         self._device, self._dtype, self._attention = device, dtype, attention
         self._ladder, self._staging, self._order, self._counters = ladder, staging, order, counters
         self._on_device = device.type == "cuda"
@@ -179,7 +181,7 @@ class PackRunner:
     def _run_static(self, buffers: StaticBuffers, long: bool, grids: Sequence[Grid]) -> None:
         """What a graph would do, launch by launch."""
         inputs = self._staging.uncaptured(buffers.inputs_of(long), grids)
-        copy_outputs(buffers.outputs, self._forward(inputs))
+        copy_outputs(buffers.outputs, self._static(inputs))
 
     def _graph(self, budget: int | None, long: bool) -> CapturedGraph | None:
         graphs = self._ladder.long if long else self._ladder.graphs

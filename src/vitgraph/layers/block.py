@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vitgraph.attention.base import Segments, VarlenAttention
+from vitgraph.layers.gemm import add_product, linear
 from vitgraph.layers.mlp import BlockMlp
 from vitgraph.layers.ops import add_norm, fused_norm, fuses_residual, rotate_qk
 
@@ -53,12 +54,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotary: Rotary | None, segments: Segments) -> Tensor:
         """`x [P, D]` -> `[P, D]`."""
-        qkv = self.qkv(x).unflatten(1, (3, self.heads, self.head_dim))
+        qkv = linear(x, self.qkv.weight, self.qkv.bias).unflatten(1, (3, self.heads, self.head_dim))
         qk = qkv[:, :2]
         if self.q_norm is not None and self.k_norm is not None:
             qk = torch.stack([self._normalise(qk[:, 0], self.q_norm), self._normalise(qk[:, 1], self.k_norm)], 1)
         q, k = (qk if rotary is None else rotate_qk(qk, *rotary)).unbind(1)
-        return self.proj(self.backend(q, k, qkv[:, 2], segments, self.scale).flatten(1))
+        y = self.backend(q, k, qkv[:, 2], segments, self.scale).flatten(1)
+        return linear(y, self.proj.weight, self.proj.bias)
 
     def _normalise(self, x: Tensor, norm: nn.Module) -> Tensor:
         return norm(x) if self.norm_per_head else norm(x.flatten(1)).view_as(x)
@@ -103,5 +105,4 @@ class Block(nn.Module):
             y, x = add_norm(x, y, self.norm2, None, self.scale1)
             return torch.addcmul(x, self.scale2, self.mlp(y))
         y, x = add_norm(x, y, self.norm2, bias, self.scale1)
-        # In place: torch.addmm would copy the residual first.
-        return x.addmm_(self.mlp.up(y), weight.t())
+        return add_product(x, self.mlp.up(y), weight)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitgraph.layers.gemm import linear
 from vitgraph.layers.ops import layer_norm
 
 
@@ -32,5 +32,5 @@ class PatchMerger(nn.Module):
         """`x [P, D]` -> `[P / m^2, C]`, in `out` if given."""
         rows = x.view(-1, self.width) if self.norm_after_concat else x
         x = layer_norm(rows, self.norm).view(-1, self.width)
-        y = F.gelu(self.fc1(x))
-        return self.fc2(y) if out is None else torch.addmm(self.fc2.bias, y, self.fc2.weight.t(), out=out)
+        y = F.gelu(linear(x, self.fc1.weight, self.fc1.bias))
+        return linear(y, self.fc2.weight, self.fc2.bias, out)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitgraph.layers.ops import Activation, activate, gate, linear_gelu_tanh
+from vitgraph.layers.gemm import linear, linear_gelu_tanh
+from vitgraph.layers.ops import Activation, activate, gate
 
 Weights = tuple[Tensor, Tensor | None]
 
@@ -36,7 +36,7 @@ class BlockMlp(nn.Module, ABC):
         """`[P, D] -> [P, F]`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.up(x), *self.down)
+        return linear(self.up(x), *self.down)
 
     @property
     def down(self) -> Weights:
@@ -71,11 +71,11 @@ class BlockMlp(nn.Module, ABC):
         linears = [self._linear(name) for name in names]
         weight = linears[0].weight.new_zeros(len(names) * wide, linears[0].in_features)
         bias = None if linears[0].bias is None else linears[0].bias.new_zeros(len(names) * wide)
-        for number, (name, linear) in enumerate(zip(names, linears, strict=True)):
+        for number, (name, part) in enumerate(zip(names, linears, strict=True)):
             own = slice(number * wide, (number + 1) * wide)
-            linear.weight = _view(weight[own], linear.weight)
+            part.weight = _view(weight[own], part.weight)
             if bias is not None:
-                linear.bias = _view(bias[own], linear.bias)
+                part.bias = _view(bias[own], part.bias)
             self._padded[name] = weight[own], None if bias is None else bias[own]
         return weight, bias
 
@@ -112,7 +112,7 @@ class Mlp(BlockMlp):
         weight, bias = self.weights("fc1")
         if self.activation == "gelu_tanh" and bias is not None:
             return linear_gelu_tanh(x, weight, bias)
-        return activate(F.linear(x, weight, bias), self.activation)
+        return activate(linear(x, weight, bias), self.activation)
 
 
 class GatedMlp(BlockMlp):
@@ -139,6 +139,6 @@ class GatedMlp(BlockMlp):
 
     def up(self, x: Tensor) -> Tensor:
         if self._both is None:
-            return gate(F.linear(x, *self.weights("gate_proj")), F.linear(x, *self.weights("up_proj")), self.activation)
-        gates, ups = F.linear(x, *self._both).chunk(2, dim=1)
+            return gate(linear(x, *self.weights("gate_proj")), linear(x, *self.weights("up_proj")), self.activation)
+        gates, ups = linear(x, *self._both).chunk(2, dim=1)
         return gate(gates, ups, self.activation)

@@ -118,25 +118,3 @@ def gate(x: Tensor, up: Tensor, activation: Activation) -> Tensor:
 def _has_kernel(x: Tensor) -> bool:
     """Whether our own kernels run; torch.compile fuses by itself."""
     return x.is_cuda and HAS_TRITON and not torch.compiler.is_compiling()
-
-
-def linear_gelu_tanh(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`gelu_tanh(x @ weight.T + bias)`: `x [P, D]`, `weight [F, D]` -> `[P, F]`.
-
-    CUDA: cuBLASLt adds the bias and applies the GELU while it writes the product.
-    """
-    if not x.is_cuda:
-        return F.gelu(F.linear(x, weight, bias), approximate="tanh")
-    if torch.compiler.is_compiling():
-        return _linear_gelu_op(x, weight, bias)
-    return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
-
-
-@torch.library.custom_op("vitgraph::linear_gelu_tanh", mutates_args=())
-def _linear_gelu_op(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
-
-
-@_linear_gelu_op.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])

@@ -1,0 +1,117 @@
+"""Trial runs of cuBLASLt's algorithms: which is the fastest for a product."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from vitgraph.engine.cublaslt import CublasLt, Problem
+from vitgraph.layers.gemm import Kind
+
+logger = logging.getLogger("vitgraph")
+
+TORCH = b""
+"""Stands for the algorithm that torch takes."""
+
+LEAD_US, LEAD_MARGIN, CYCLES_PER_US, TRIES = 200.0, 1.5, 1800, 4
+"""The GPU spins at least so long while the host queues trial runs, and LEAD_MARGIN times as long as that took the last
+time: else launches would be timed. Where the host was late nevertheless, all is timed again."""
+
+FINALISTS, FINALS, FINAL_US, MOST_RUNS = 4, 3, 60.0, 4
+"""After one run each, the fastest meet again so often, each time for about so many microseconds, in at most so many
+runs."""
+
+WORTH = 0.985
+"""An algorithm must take less than this share of the time of torch's own."""
+
+
+class Trial:
+    """Trial runs on memory of their own.
+
+    Args:
+        library: runs them.
+        problems: all that will run.
+    """
+
+    def __init__(self, library: CublasLt, problems: Sequence[Problem]) -> None:
+        device, dtype = library.device, problems[0].dtype
+        self._library = library
+        self._lead = LEAD_US
+        self._loaded: set[tuple[Kind, bytes]] = set()
+        self._x = torch.randn(max(p.rows * p.inner for p in problems), device=device, dtype=dtype)
+        self._out = torch.zeros(max(p.rows * p.columns for p in problems), device=device, dtype=dtype)
+        self._bias = torch.randn(max(p.columns for p in problems), device=device, dtype=dtype)
+
+    def fastest(self, problem: Problem, candidates: Sequence[bytes], weights: Sequence[Tensor]) -> bytes:
+        """The candidate that takes least time, or TORCH.
+
+        Args:
+            problem: to run.
+            candidates: algorithms.
+            weights: `[columns, inner]`, at least one.
+        """
+        every = [TORCH, *(algorithm for algorithm in candidates if self._runs(problem, algorithm, weights[0]))]
+        if len(every) == 1:
+            return TORCH
+        times = self._times(problem, every, weights, 1)
+        finalists = {0, *sorted(range(len(every)), key=times.__getitem__)[:FINALISTS]}
+        again = [every[number] for number in sorted(finalists)]
+        runs = max(1, min(MOST_RUNS, round(FINAL_US / (min(times) * 1e3))))
+        finals = [self._times(problem, again, weights, runs) for _ in range(FINALS)]
+        least = [min(own) for own in zip(*finals, strict=True)]
+        best = min(range(len(again)), key=least.__getitem__)
+        return again[best] if least[best] < WORTH * least[0] else TORCH
+
+    def _runs(self, problem: Problem, algorithm: bytes, weight: Tensor) -> bool:
+        """Whether it runs, once per kernel: the driver loads each when it runs first, which should not be timed."""
+        if (problem.kind, algorithm) in self._loaded:
+            return True
+        try:
+            self._run(problem, algorithm, weight)
+        except RuntimeError as error:
+            logger.debug("an algorithm for %s does not run: %s", problem.name, error)
+            return False
+        self._loaded.add((problem.kind, algorithm))
+        return True
+
+    def _times(
+        self, problem: Problem, algorithms: Sequence[bytes], weights: Sequence[Tensor], runs: int
+    ) -> list[float]:
+        """Milliseconds of so many runs of each algorithm, one after another on the GPU."""
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(algorithms) + 1)]
+        for _ in range(TRIES):
+            start = time.perf_counter()
+            torch.cuda._sleep(int(self._lead * CYCLES_PER_US))
+            self._run(problem, algorithms[-1], weights[0])  # the first run after a pause takes longer
+            marks[0].record()
+            for algorithm, mark in zip(algorithms, marks[1:], strict=True):
+                for run in range(runs):
+                    self._run(problem, algorithm, weights[run % len(weights)])
+                mark.record()
+            queued, late = (time.perf_counter() - start) * 1e6, marks[0].query()
+            marks[-1].synchronize()
+            taken = marks[0].elapsed_time(marks[-1]) * 1e3
+            self._lead = max(LEAD_US, LEAD_MARGIN * queued)
+            if not late or taken > LEAD_MARGIN * queued:
+                break
+        return [before.elapsed_time(after) / runs for before, after in pairwise(marks)]
+
+    def _run(self, problem: Problem, algorithm: bytes, weight: Tensor) -> None:
+        rows, columns, inner, kind, _ = problem
+        x, out = self._x[: rows * inner].view(rows, inner), self._out[: rows * columns].view(rows, columns)
+        bias = self._bias[:columns]
+        if algorithm != TORCH:
+            self._library.run(problem, algorithm, x, weight, bias if kind in ("bias", "gelu") else None, out)
+        elif kind == "plain":
+            torch.mm(x, weight.t(), out=out)
+        elif kind == "add":
+            out.addmm_(x, weight.t())
+        elif kind == "bias":
+            torch.addmm(bias, x, weight.t(), out=out)
+        else:
+            torch._addmm_activation(bias, x, weight.t(), use_gelu=True, out=out)

@@ -1,0 +1,347 @@
+"""Algorithms of GEMMs: what is offered, what is measured and kept, and that a tower's products run by what was chosen.
+
+A made-up library stands for cuBLASLt here; the real one runs in tests/gpu.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitgraph import EncoderConfig, VisionEncoder
+from vitgraph.core import Grid
+from vitgraph.engine import gemms as module
+from vitgraph.engine.cublaslt import Problem, Setting
+from vitgraph.engine.gemm_candidates import BEST_TILES, MOST_ROWS, TILES, WORTH_A_TRIAL, best_tiles, candidates
+from vitgraph.engine.gemm_trial import TORCH
+from vitgraph.engine.gemms import FINE_ROWS, Gemms, make_gemms, problem_of
+from vitgraph.layers.gemm import Product, add_product, linear, linear_gelu_tanh, products_by
+from vitgraph.layers.merger import PatchMerger
+from vitgraph.layers.mlp import Mlp
+
+ONE, TWO = b"\x01", b"\x02"
+BF16 = torch.bfloat16
+
+
+class Library:
+    """Runs products as torch does, by algorithms named ONE and TWO."""
+
+    device, gpu, version, is_hopper, multiprocessors = torch.device("cpu"), "a GPU", 7, False, 132
+
+    def __init__(self) -> None:
+        self.ran: list[tuple[Problem, bytes]] = []
+        self.refused: set[bytes] = set()
+
+    def named(self, problem: Problem) -> list[bytes]:
+        return [ONE, TWO]
+
+    def accepts(self, problem: Problem, algorithm: bytes) -> bool:
+        return algorithm in (ONE, TWO) and algorithm not in self.refused
+
+    def run(self, problem: Problem, algorithm: bytes, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor):
+        assert (x.shape, weight.shape) == ((problem.rows, problem.inner), (problem.columns, problem.inner))
+        self.ran.append((problem, algorithm))
+        found = F.linear(x, weight, bias)
+        if problem.kind == "gelu":
+            found = F.gelu(found, approximate="tanh")
+        out.copy_(out + found if problem.kind == "add" else found)
+
+
+class Trial:
+    """Finds TWO faster wherever it is tried, and notes what was tried."""
+
+    tried: ClassVar[list[tuple[Problem, list[bytes], int]]] = []
+
+    def __init__(self, library: Library, problems: list[Problem]) -> None:
+        self.tried.clear()
+
+    def fastest(self, problem: Problem, algorithms: list[bytes], weights: list[Tensor]) -> bytes:
+        self.tried.append((problem, list(algorithms), len(weights)))
+        return algorithms[-1] if algorithms else TORCH
+
+
+@pytest.fixture(autouse=True)
+def _made_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("VITGRAPH_CACHE", str(tmp_path))
+    monkeypatch.setattr(module, "Trial", Trial)
+    # What torch allocates on the CPU begins at multiples of 64.
+    monkeypatch.setattr(module, "ALIGNMENT", 1)
+    Trial.tried.clear()
+
+
+def make() -> tuple[Gemms, Library]:
+    library = Library()
+    return Gemms(library), library  # type: ignore[arg-type]
+
+
+def weights_of(*shapes: tuple[int, int]) -> list[Tensor]:
+    return [torch.randn(*shape).to(BF16) for shape in shapes]
+
+
+def test_products_of_layers_are_offered_with_what_becomes_of_them() -> None:
+    offered: list[Product] = []
+    x = torch.randn(8, 16)
+    with products_by(lambda product: offered.append(product)):
+        mlp = Mlp(16, 32)
+        mlp(x)
+        linear(x, mlp.fc1.weight)
+        add_product(x.clone(), torch.randn(8, 32), mlp.fc2.weight.detach())
+        linear(x, mlp.fc1.weight.detach(), mlp.fc1.bias.detach(), torch.empty(8, 32))
+    assert [product.kind for product in offered] == ["gelu", "bias", "plain", "add", "bias"]
+    assert [product.out is None for product in offered] == [True, True, True, False, False]
+    linear(x, mlp.fc1.weight)
+    assert len(offered) == 5, "outside of the block nothing is"
+
+
+def test_what_the_handler_makes_is_taken_and_nothing_it_leaves_is_lost() -> None:
+    x, (weight,) = torch.randn(4, 8), [torch.randn(6, 8)]
+    bias, made = torch.randn(6), torch.full((4, 6), 3.0)
+    with products_by(lambda product: made):
+        assert linear(x, weight, bias) is made
+        assert linear_gelu_tanh(x, weight, bias) is made
+        assert add_product(torch.zeros(4, 6), x, weight) is made
+        with products_by(lambda product: None):
+            assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
+            out = torch.empty(4, 6)
+            assert linear(x, weight, None, out) is out and torch.equal(out, x @ weight.t())
+            assert torch.equal(linear(x, weight, bias, out), F.linear(x, weight, bias))
+            assert torch.equal(linear_gelu_tanh(x, weight, bias), F.gelu(F.linear(x, weight, bias), approximate="tanh"))
+            torch.testing.assert_close(add_product(made.clone(), x, weight), made + x @ weight.t())
+        assert linear(x, weight) is made, "the block outside goes on"
+
+
+def test_a_handler_is_of_its_thread_and_gone_after_an_error() -> None:
+    x, weight = torch.randn(2, 4), torch.randn(3, 4)
+    found: list[Tensor] = []
+    with pytest.raises(ZeroDivisionError), products_by(lambda product: x):
+        thread = threading.Thread(target=lambda: found.append(linear(x, weight)))
+        thread.start()
+        thread.join()
+        raise ZeroDivisionError
+    assert torch.equal(found[0], F.linear(x, weight))
+    assert torch.equal(linear(x, weight), F.linear(x, weight))
+
+
+def test_torch_compile_sees_no_handler() -> None:
+    x, weight, bias = torch.randn(2, 4), torch.randn(3, 4), torch.randn(3)
+    compiled = torch.compile(lambda: (linear(x, weight, bias), linear_gelu_tanh(x, weight, bias)), backend="eager")
+    with products_by(lambda product: torch.zeros(2, 3)):
+        plain, gelu = compiled()
+    torch.testing.assert_close(plain, F.linear(x, weight, bias))
+    torch.testing.assert_close(gelu, F.gelu(F.linear(x, weight, bias), approximate="tanh"))
+
+
+def test_problems_are_told_from_what_the_library_cannot_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.randn(8, 16).to(BF16), torch.randn(4, 16).to(BF16)
+    bias, out = torch.randn(4).to(BF16), torch.zeros(8, 4).to(BF16)
+    assert problem_of(Product("bias", x, weight, bias)) == Problem(8, 4, 16, "bias", BF16)
+    assert problem_of(Product("add", x, weight, None, out)) == Problem(8, 4, 16, "add", BF16)
+    bad = [
+        Product("plain", x.float(), weight.float()),
+        Product("plain", x.half(), weight),
+        Product("plain", x.t().contiguous().t(), weight),
+        Product("plain", x, weight.t().contiguous().t()),
+        Product("plain", x[:0], weight),
+        Product("plain", x[0], weight),
+        Product("bias", x, weight, bias.float()),
+        Product("bias", x, weight, bias.repeat(2)[::2]),
+        Product("add", x, weight, None, torch.zeros(8, 8).to(BF16)[:, :4]),
+    ]
+    assert [problem_of(product) for product in bad] == [None] * len(bad)
+    monkeypatch.setattr(module, "ALIGNMENT", 256)
+    block = torch.zeros(4096, dtype=BF16)
+    first = -block.data_ptr() % 256 // 2
+    aligned = block[first : first + 128].view(8, 16)
+    assert problem_of(Product("plain", aligned, block[first + 128 : first + 256].view(8, 16))) is not None
+    assert problem_of(Product("plain", block[first + 8 : first + 136].view(8, 16), aligned)) is None
+
+
+def test_what_a_forward_does_is_seen_and_runs_as_ever() -> None:
+    gemms, library = make()
+    x, (first, second, once) = torch.randn(8, 16).to(BF16), weights_of((4, 16), (4, 16), (32, 16))
+    with gemms.seeing() as seen, gemms.applied():
+        results = [linear(x, first), linear(x, second), linear(x, once)]
+    assert not library.ran and torch.equal(results[1], F.linear(x, second))
+    assert list(seen) == [Problem(8, 4, 16, "plain", BF16), Problem(8, 32, 16, "plain", BF16)]
+    assert [weight.data_ptr() for weight in seen[Problem(8, 4, 16, "plain", BF16)]] == [
+        first.data_ptr(),
+        second.data_ptr(),
+    ]
+
+
+SEEN = {
+    Problem(64, 4, 16, "plain", BF16): weights_of((4, 16), (4, 16)),
+    Problem(16, 8, 32, "gelu", BF16): weights_of((8, 32), (8, 32), (8, 32)),
+    Problem(65, 4, 16, "bias", BF16): weights_of((4, 16), (4, 16)),
+    Problem(64, 9, 16, "add", BF16): weights_of((9, 16)),
+}
+"""Of a forward of 64 rows: one whose rows are those, one with a quarter of them, one with a row more, and one alone."""
+
+
+def test_algorithms_are_chosen_for_all_budgets_and_kept(tmp_path: Path) -> None:
+    gemms, library = make()
+    told: list[bool] = []
+    gemms.choose(SEEN, 64, [128, 64, 66], lambda: told.append(True))
+    wanted = [Problem(rows, 4, 16, "plain", BF16) for rows in (64, 66, 128)]
+    wanted += [Problem(rows, 8, 32, "gelu", BF16) for rows in (16, 32)] + [
+        Problem(rows, 4, 16, "bias", BF16) for rows in (65, 130)
+    ]
+    assert {problem for problem, *_ in Trial.tried} == set(wanted)
+    assert [count for problem, _, count in Trial.tried if problem.kind == "gelu"] == [3, 3]
+    assert told == [True]
+    (kept,) = json.loads((tmp_path / "gemms.json").read_text()).items()
+    assert kept == ("a GPU | cuBLASLt 7", {problem.name: TWO.hex() for problem in wanted})
+
+    x, (weight, _) = torch.randn(66, 16).to(BF16), SEEN[Problem(64, 4, 16, "plain", BF16)]
+    with gemms.applied():
+        assert torch.equal(linear(x, weight), F.linear(x, weight))
+        linear(torch.cat([x, x]), weight)
+    assert library.ran == [(Problem(66, 4, 16, "plain", BF16), TWO)] and gemms.runs == 1
+
+
+def test_what_was_kept_is_not_measured_again(tmp_path: Path) -> None:
+    make()[0].choose(SEEN, 64, [64])
+    again, library = make()
+    again.choose(SEEN, 64, [64], lambda: pytest.fail("nothing is measured"))
+    with again.applied():
+        linear(torch.randn(64, 16).to(BF16), SEEN[Problem(64, 4, 16, "plain", BF16)][0])
+    assert [algorithm for _, algorithm in library.ran] == [TWO]
+    # Another budget later adds to the file, and takes nothing from it.
+    again.choose(SEEN, 64, [128])
+    (entry,) = json.loads((tmp_path / "gemms.json").read_text()).values()
+    assert len(entry) == 6
+
+
+@pytest.mark.parametrize("spoil", ["refused", "not hexadecimal", "a number", "not JSON", "another GPU"])
+def test_what_was_kept_and_is_of_no_use_is_measured_again(spoil: str, tmp_path: Path) -> None:
+    make()[0].choose(SEEN, 64, [64])
+    path = tmp_path / "gemms.json"
+    ((key, entry),) = json.loads(path.read_text()).items()
+    again, library = make()
+    if spoil == "refused":
+        library.refused.add(TWO)
+    elif spoil == "another GPU":
+        library.gpu = "another one"
+    else:
+        value = {"not hexadecimal": "zz", "a number": 5}.get(spoil, "")
+        text = json.dumps({key: dict.fromkeys(entry, value)})
+        path.write_text("{" if spoil == "not JSON" else text)
+    again.choose(SEEN, 64, [64])
+    assert len(Trial.tried) == 3
+    if spoil == "another GPU":
+        assert len(json.loads(path.read_text())) == 2
+
+
+def test_torch_s_own_algorithm_is_kept_as_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trial, "fastest", lambda *_: TORCH)
+    make()[0].choose(SEEN, 64, [64])
+    again, library = make()
+    again.choose(SEEN, 64, [64], lambda: pytest.fail("nothing is measured"))
+    with again.applied():
+        linear(torch.randn(64, 16).to(BF16), SEEN[Problem(64, 4, 16, "plain", BF16)][0])
+    assert not library.ran and not again.runs
+
+
+def test_of_many_rows_every_other_problem_is_searched_and_the_next_takes_after_it() -> None:
+    gemms, library = make()
+    rows = [FINE_ROWS - 64, FINE_ROWS, *range(FINE_ROWS + 64, FINE_ROWS + 64 * 6, 64)]
+    gemms.choose({Problem(64, 4, 16, "plain", BF16): SEEN[Problem(64, 4, 16, "plain", BF16)]}, 64, reversed(rows))
+    assert [problem.rows for problem, *_ in Trial.tried] == rows
+    assert [tried for _, tried, _ in Trial.tried] == [[ONE, TWO]] * 2 + [[TWO], [ONE, TWO]] * 2 + [[TWO]]
+    library.refused.add(TWO)
+    assert not gemms._acceptable(Problem(1, 1, 1, "plain", BF16), TWO)
+
+
+def test_a_tower_runs_by_the_chosen_algorithms_on_static_buffers_alone() -> None:
+    encoder = VisionEncoder.from_config(
+        "qwen3_vl", device="cpu", dtype="bfloat16", config=EncoderConfig(budgets=(16, 32))
+    )
+    grids = [Grid(1, 8, 8)]
+    x = torch.randn(64, encoder.spec.patch_width)
+    want = encoder.encode_patches(x, grids)[0].tokens
+    gemms, library = make()
+    encoder.engine._gemms = encoder.engine.ladder._gemms = gemms
+    encoder.engine.ladder._choose_algorithms([1, 0])
+    assert {problem.kind for problem, *_ in Trial.tried} >= {"bias", "gelu"}
+    assert {problem.rows for problem, *_ in Trial.tried} >= {64, 128}
+    assert not library.ran
+    got = encoder.encode_patches(x, grids)[0].tokens
+    runs = gemms.runs
+    assert runs == len(library.ran) > 0
+    assert torch.equal(got, encoder.encode_patches(x, grids, mode="padded")[0].tokens)
+    assert gemms.runs == 2 * runs
+    encoder.encode_patches(x, grids, mode="eager")
+    assert gemms.runs == 2 * runs
+    torch.testing.assert_close(got, want, rtol=0.05, atol=0.05)
+
+
+def test_algorithms_are_chosen_where_that_is_of_use() -> None:
+    assert make_gemms(torch.device("cpu"), BF16) is None
+    assert make_gemms(torch.device("cuda", 0), torch.float32) is None
+    assert VisionEncoder.from_config("qwen3_vl", device="cpu").engine._gemms is None
+
+
+class Hopper(Library):
+    is_hopper = True
+    settings: ClassVar = {ONE: Setting(20, 3, 1), TWO: Setting(20, 3, 2)}
+
+    def setting(self, algorithm: bytes) -> Setting:
+        return self.settings[algorithm]
+
+    def hopper(self, problem: Problem, setting: Setting) -> bytes | None:
+        return None if setting.schedule == 5 else repr(setting).encode()
+
+
+def test_on_hopper_few_are_tried() -> None:
+    assert Hopper.settings[ONE] in WORTH_A_TRIAL and Hopper.settings[TWO] not in WORTH_A_TRIAL
+    problem = Problem(1600, 1152, 4352, "add", BF16)
+    tiles = best_tiles(1600, 1152, 132)
+    assert len(tiles) == BEST_TILES
+    want = [ONE, *(repr(Setting(TILES[tile], 2, 1)).encode() for tile in tiles)]
+    assert candidates(Hopper(), problem) == want  # type: ignore[arg-type]
+    assert candidates(Hopper(), problem._replace(rows=MOST_ROWS + 1)) == [ONE]  # type: ignore[arg-type]
+    assert candidates(Library(), problem) == [ONE, TWO]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rows, columns", [(1600, 1152), (576, 3456), (400, 1152), (784, 3456)])
+def test_the_best_tiles_need_one_round_where_that_is_possible(rows: int, columns: int) -> None:
+    """132 multiprocessors make tiles of at most 192 x 256."""
+    assert rows * columns <= 132 * 192 * 256
+    tiles = best_tiles(rows, columns, 132)
+    blocks = [-(-columns // wide) * -(-rows // high) for wide, high in tiles]
+    assert max(blocks) <= 132
+    # The smallest such tile is among them, as it computes least beside the output.
+    smallest = min((w * h for w, h in TILES if -(-columns // w) * -(-rows // h) <= 132), default=0)
+    assert min(wide * high for wide, high in tiles) <= 1.1 * smallest
+
+
+def test_many_rounds_are_few_idle_ones() -> None:
+    for wide, high in best_tiles(8192, 4352, 132):
+        blocks = -(-4352 // wide) * -(-8192 // high)
+        assert -(-blocks // 132) * 132 * wide * high < 1.15 * 8192 * 4352
+
+
+def test_tiles_have_the_library_s_numbers() -> None:
+    # As cublasLt.h has them.
+    known = {(64, 64): 15, (64, 80): 318, (64, 240): 335, (128, 128): 20, (128, 144): 406, (128, 240): 416}
+    known |= {(192, 80): 456, (192, 96): 458, (192, 144): 463, (192, 192): 209, (192, 256): 210, (128, 160): 29}
+    assert {tile: TILES[tile] for tile in known} == known
+    assert len(set(TILES.values())) == len(TILES) == 3 * 13
+
+
+def test_layers_without_bias_or_in_place_give_what_torch_gives() -> None:
+    gemms, _ = make()
+    merger = PatchMerger(16, 2, 8, 1e-6).to(BF16).requires_grad_(False)
+    x, out = torch.randn(16, 16).to(BF16), torch.empty(4, 8, dtype=BF16)
+    with gemms.seeing() as seen, gemms.applied():
+        want = merger(x)
+        merger(x, out)
+    assert torch.equal(out, want)
+    assert [problem.columns for problem in seen] == [64, 8]
