@@ -18,13 +18,16 @@ logger = logging.getLogger("vitgraph")
 TORCH = b""
 """Stands for the algorithm that torch takes."""
 
-LEAD_US, LEAD_MARGIN, CYCLES_PER_US, TRIES = 200.0, 1.5, 1800, 4
-"""The GPU spins at least so long while the host queues trial runs, and LEAD_MARGIN times as long as that took the last
+LEAD_US, LEAD_MARGIN, CYCLES_PER_US, TRIES = 100.0, 1.5, 1800, 3
+"""The GPU spins at least so long while the host queues short runs, and LEAD_MARGIN times as long as that took the last
 time: else launches would be timed. Where the host was late nevertheless, all is timed again."""
 
-FINALISTS, FINALS, FINAL_US, MOST_RUNS = 4, 3, 60.0, 4
-"""After one run each, the fastest meet again so often, each time for about so many microseconds, in at most so many
-runs."""
+SHORT_US, FLOPS_PER_US = 30.0, 500e6
+"""Products that take less are short. How long one takes is guessed from what an H100 does."""
+
+MOST_RUNS, FINALISTS, FINALS = 4, 2, 2
+"""A short product runs up to so often for one time. After the first times, so many of the fastest and torch's own meet
+again so often."""
 
 WORTH = 0.985
 """An algorithm must take less than this share of the time of torch's own."""
@@ -43,6 +46,7 @@ class Trial:
         self._library = library
         self._lead = LEAD_US
         self._loaded: set[tuple[Kind, bytes]] = set()
+        self._events: list[torch.cuda.Event] = []
         self._x = torch.randn(max(p.rows * p.inner for p in problems), device=device, dtype=dtype)
         self._out = torch.zeros(max(p.rows * p.columns for p in problems), device=device, dtype=dtype)
         self._bias = torch.randn(max(p.columns for p in problems), device=device, dtype=dtype)
@@ -58,10 +62,10 @@ class Trial:
         every = [TORCH, *(algorithm for algorithm in candidates if self._runs(problem, algorithm, weights[0]))]
         if len(every) == 1:
             return TORCH
-        times = self._times(problem, every, weights, 1)
+        runs = max(1, min(MOST_RUNS, int(SHORT_US / _guess(problem))))
+        times = self._times(problem, every, weights, runs)
         finalists = {0, *sorted(range(len(every)), key=times.__getitem__)[:FINALISTS]}
         again = [every[number] for number in sorted(finalists)]
-        runs = max(1, min(MOST_RUNS, round(FINAL_US / (min(times) * 1e3))))
         finals = [self._times(problem, again, weights, runs) for _ in range(FINALS)]
         least = [min(own) for own in zip(*finals, strict=True)]
         best = min(range(len(again)), key=least.__getitem__)
@@ -82,24 +86,29 @@ class Trial:
     def _times(
         self, problem: Problem, algorithms: Sequence[bytes], weights: Sequence[Tensor], runs: int
     ) -> list[float]:
-        """Milliseconds of so many runs of each algorithm, one after another on the GPU."""
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(algorithms) + 1)]
+        """Milliseconds of a run of each algorithm, the mean of so many, one after another on the GPU."""
+        marks, short = self._marks(len(algorithms) + 1), _guess(problem) < SHORT_US
         for _ in range(TRIES):
             start = time.perf_counter()
-            torch.cuda._sleep(int(self._lead * CYCLES_PER_US))
+            if short:
+                torch.cuda._sleep(int(self._lead * CYCLES_PER_US))
             self._run(problem, algorithms[-1], weights[0])  # the first run after a pause takes longer
             marks[0].record()
             for algorithm, mark in zip(algorithms, marks[1:], strict=True):
                 for run in range(runs):
                     self._run(problem, algorithm, weights[run % len(weights)])
                 mark.record()
-            queued, late = (time.perf_counter() - start) * 1e6, marks[0].query()
+            self._lead = max(LEAD_US, LEAD_MARGIN * (time.perf_counter() - start) * 1e6)
+            late = short and marks[0].query()
             marks[-1].synchronize()
-            taken = marks[0].elapsed_time(marks[-1]) * 1e3
-            self._lead = max(LEAD_US, LEAD_MARGIN * queued)
-            if not late or taken > LEAD_MARGIN * queued:
+            if not late:
                 break
         return [before.elapsed_time(after) / runs for before, after in pairwise(marks)]
+
+    def _marks(self, count: int) -> list[torch.cuda.Event]:
+        """Events, kept for the next time: they take longer to make than to record."""
+        self._events += [torch.cuda.Event(enable_timing=True) for _ in range(count - len(self._events))]
+        return self._events[:count]
 
     def _run(self, problem: Problem, algorithm: bytes, weight: Tensor) -> None:
         rows, columns, inner, kind, _ = problem
@@ -115,3 +124,8 @@ class Trial:
             torch.addmm(bias, x, weight.t(), out=out)
         else:
             torch._addmm_activation(bias, x, weight.t(), use_gelu=True, out=out)
+
+
+def _guess(problem: Problem) -> float:
+    """Microseconds that it will take."""
+    return 2 * problem.rows * problem.columns * problem.inner / FLOPS_PER_US
