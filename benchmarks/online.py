@@ -51,8 +51,7 @@ class GreedyPlanner(Planner):
     """Ascending greedy packing into the smallest budget that holds each pack; no costs."""
 
     def one_pack(self, grids: Grids, eager: bool = True) -> Pack | None:
-        packs = self._several(grids, split=False, eager=False)
-        return packs[0] if len(packs) == 1 else None
+        return None  # one pack or several, `_several` makes them
 
     def _several(self, grids: Grids, split: bool, eager: bool) -> list[Pack]:
         order = sorted(range(len(grids)), key=lambda i: -grids[i].patches)

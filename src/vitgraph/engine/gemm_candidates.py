@@ -12,13 +12,10 @@ WORTH_A_TRIAL = {
     *(Setting(20, 3, 1), Setting(20, 5, 3), Setting(165, 5, 2)),
     *(Setting(196, 8, 2), Setting(323, 7, 3), Setting(317, 4, 1)),
 }
-"""Of what the heuristics name on Hopper for few rows: tiles of 128 x 128, 112 x 128, 168 x 64, 64 x 136 and 64 x 72."""
-
-MANY_ROWS = 2048
-"""From so many rows on all is tried that they name: budgets of so many rows are few, and gain most by it."""
+"""Of what the heuristics name on Hopper: tiles of 128 x 128, 112 x 128, 168 x 64, 64 x 136 and 64 x 72."""
 
 BEST_TILES, MOST_ROWS = 2, 8192
-"""So many tiles are tried beside that, up to so many rows."""
+"""So many tiles are tried beside these, up to so many rows."""
 
 ONE_BLOCK, SCHEDULES = 2, (1, 5)
 
@@ -57,8 +54,7 @@ def candidates(library: CublasLt, problem: Problem) -> list[bytes]:
     named = library.named(problem)
     if not library.is_hopper:
         return named
-    every = problem.rows >= MANY_ROWS
-    chosen = [algorithm for algorithm in named if every or library.setting(algorithm) in WORTH_A_TRIAL]
+    chosen = [algorithm for algorithm in named if library.setting(algorithm) in WORTH_A_TRIAL]
     if problem.rows > MOST_ROWS:
         return chosen
     tiles = best_tiles(problem.rows, problem.columns, library.multiprocessors)
