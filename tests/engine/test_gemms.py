@@ -226,7 +226,7 @@ def test_what_was_kept_is_not_measured_again(tmp_path: Path) -> None:
     assert len(entry) == 6
 
 
-@pytest.mark.parametrize("spoil", ["refused", "not hexadecimal", "a number", "not JSON", "another GPU"])
+@pytest.mark.parametrize("spoil", ["refused", "not hexadecimal", "a number", "not JSON", "a list", "another GPU"])
 def test_what_was_kept_and_is_of_no_use_is_measured_again(spoil: str, tmp_path: Path) -> None:
     make()[0].choose(SEEN, 64, [64])
     path = tmp_path / "gemms.json"
@@ -239,7 +239,7 @@ def test_what_was_kept_and_is_of_no_use_is_measured_again(spoil: str, tmp_path: 
     else:
         value = {"not hexadecimal": "zz", "a number": 5}.get(spoil, "")
         text = json.dumps({key: dict.fromkeys(entry, value)})
-        path.write_text("{" if spoil == "not JSON" else text)
+        path.write_text({"not JSON": "{", "a list": json.dumps({key: [1]})}.get(spoil, text))
     again.choose(SEEN, 64, [64])
     assert len(Trial.tried) == 3
     if spoil == "another GPU":
@@ -254,6 +254,23 @@ def test_torch_s_own_algorithm_is_kept_as_a_choice(monkeypatch: pytest.MonkeyPat
     with again.applied():
         linear(torch.randn(64, 16).to(BF16), SEEN[Problem(64, 4, 16, "plain", BF16)][0])
     assert not library.ran and not again.runs
+
+
+def test_what_cannot_be_measured_is_left_to_torch(monkeypatch: pytest.MonkeyPatch, caplog, tmp_path: Path) -> None:
+    def fastest(self: Trial, problem: Problem, algorithms: list[bytes], weights: list[Tensor]) -> bytes:
+        if problem.kind == "gelu":
+            return TWO
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(Trial, "fastest", fastest)
+    gemms, library = make()
+    gemms.choose(SEEN, 64, [64])
+    assert "no memory left" in caplog.text
+    (entry,) = json.loads((tmp_path / "gemms.json").read_text()).values()
+    assert entry == {Problem(16, 8, 32, "gelu", BF16).name: TWO.hex()}
+    with gemms.applied():
+        linear(torch.randn(64, 16).to(BF16), SEEN[Problem(64, 4, 16, "plain", BF16)][0])
+    assert not library.ran
 
 
 def test_of_many_rows_every_other_problem_is_searched_and_the_next_takes_after_it() -> None:

@@ -19,11 +19,12 @@ TORCH = b""
 """Stands for the algorithm that torch takes."""
 
 LEAD_US, LEAD_MARGIN, CYCLES_PER_US, TRIES = 100.0, 1.5, 1800, 3
-"""The GPU spins at least so long while the host queues short runs, and LEAD_MARGIN times as long as that took the last
-time: else launches would be timed. Where the host was late nevertheless, all is timed again."""
+"""The GPU spins at least so long while the host queues runs, and LEAD_MARGIN times as long as that took the last time:
+else launches would be timed. Where the host was late nevertheless, short runs are timed again."""
 
-SHORT_US, FLOPS_PER_US = 30.0, 500e6
-"""Products that take less are short. How long one takes is guessed from what an H100 does."""
+SHORT_US, HOST_US, FLOPS_PER_US = 30.0, 100.0, 500e6
+"""Products that take less than the first are short; those that take more than the second leave any host the time to
+queue the next one. How long one takes is guessed from what an H100 does."""
 
 MOST_RUNS, FINALISTS, FINALS = 4, 2, 2
 """A short product runs up to so often for one time. After the first times, so many of the fastest and torch's own meet
@@ -90,7 +91,7 @@ class Trial:
         marks, short = self._marks(len(algorithms) + 1), _guess(problem) < SHORT_US
         for _ in range(TRIES):
             start = time.perf_counter()
-            if short:
+            if _guess(problem) < HOST_US:
                 torch.cuda._sleep(int(self._lead * CYCLES_PER_US))
             self._run(problem, algorithms[-1], weights[0])  # the first run after a pause takes longer
             marks[0].record()

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from fractions import Fraction
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ class Gemms:
         """
         key = f"{self._library.gpu} | cuBLASLt {self._library.version}"
         path = cache_folder() / "gemms.json"
-        kept: dict[str, str] = dict(read_entry(path, key) or {})
+        kept = _kept(path, key)
         missing: list[tuple[Problem, list[Tensor]]] = []
         for problem, weights in _of_budgets(seen, rows, budgets):
             algorithm = _from_hex(kept.get(problem.name))
@@ -95,20 +96,25 @@ class Gemms:
         self._measure(missing)
         torch.cuda.empty_cache()  # graphs could not use what the trial runs leave
         found = {problem.name: self._chosen[problem].hex() for problem, _ in missing if problem in self._chosen}
-        keep_entry(path, key, dict(read_entry(path, key) or {}) | found)
+        if found:
+            keep_entry(path, key, _kept(path, key) | found)
 
     def _measure(self, missing: Sequence[tuple[Problem, list[Tensor]]]) -> None:
-        """Of products with many rows every other one is measured; those between take after the one before."""
-        trial = Trial(self._library, [problem for problem, _ in missing])
+        """Of products with many rows every other one is measured; those between take after the one before. What cannot
+        be measured is left to torch."""
         before: dict[Problem, bytes] = {}
-        with without_workspace(self._library.device):
-            for problem, weights in sorted(missing, key=lambda one: one[0].rows):
-                shape = problem._replace(rows=0)
-                near = before.pop(shape, None) if problem.rows > FINE_ROWS else None
-                tried = candidates(self._library, problem) if near is None else self._acceptable(problem, near)
-                chosen = self._chosen[problem] = trial.fastest(problem, tried, weights[:MOST_WEIGHTS])
-                if near is None:
-                    before[shape] = chosen
+        try:
+            trial = Trial(self._library, [problem for problem, _ in missing])
+            with without_workspace(self._library.device):
+                for problem, weights in sorted(missing, key=lambda one: one[0].rows):
+                    shape = problem._replace(rows=0)
+                    near = before.pop(shape, None) if problem.rows > FINE_ROWS else None
+                    tried = candidates(self._library, problem) if near is None else self._acceptable(problem, near)
+                    chosen = self._chosen[problem] = trial.fastest(problem, tried, weights[:MOST_WEIGHTS])
+                    if near is None:
+                        before[shape] = chosen
+        except RuntimeError as error:  # too little memory, above all
+            logger.warning("some GEMMs of graphs run as torch chooses, for they could not be measured: %s", error)
 
     def _acceptable(self, problem: Problem, algorithm: bytes) -> list[bytes]:
         return [algorithm] if algorithm != TORCH and self._library.accepts(problem, algorithm) else []
@@ -167,6 +173,11 @@ def _of_budgets(seen: Weights, rows: int, budgets: Iterable[int]) -> Iterator[tu
             if own.denominator == 1 and scaled not in given:
                 given.add(scaled)
                 yield scaled, weights
+
+
+def _kept(path: Path, key: str) -> dict[str, object]:
+    entry = read_entry(path, key)
+    return dict(entry) if isinstance(entry, dict) else {}
 
 
 def _from_hex(text: object) -> bytes | None:
