@@ -21,14 +21,14 @@ from vitgraph.engine import gemms as module
 from vitgraph.engine.cublaslt import Problem, Setting
 from vitgraph.engine.gemm_candidates import (
     BEST_TILES,
-    MOST_ROWS,
+    MOST_TILED_ROWS,
     TILES,
     WORTH_A_TRIAL,
     best_tiles,
     candidates,
 )
 from vitgraph.engine.gemm_trial import TORCH
-from vitgraph.engine.gemms import FINE_ROWS, Gemms, make_gemms, problem_of
+from vitgraph.engine.gemms import FINE_ROWS, MOST_ROWS, Gemms, make_gemms, problem_of
 from vitgraph.layers.gemm import Product, add_product, linear, linear_gelu_tanh, products_by
 from vitgraph.layers.merger import PatchMerger
 from vitgraph.layers.mlp import Mlp
@@ -195,7 +195,7 @@ SEEN = {
 def test_algorithms_are_chosen_for_all_budgets_and_kept(tmp_path: Path) -> None:
     gemms, library = make()
     told: list[bool] = []
-    gemms.choose(SEEN, 64, [128, 64, 66], lambda: told.append(True))
+    gemms.choose(SEEN, 64, [128, 64, 66, MOST_ROWS + 64], lambda: told.append(True))
     wanted = [Problem(rows, 4, 16, "plain", BF16) for rows in (64, 66, 128)]
     wanted += [Problem(rows, 8, 32, "gelu", BF16) for rows in (16, 32)] + [
         Problem(rows, 4, 16, "bias", BF16) for rows in (65, 130)
@@ -330,7 +330,7 @@ def test_on_hopper_few_are_tried() -> None:
     assert len(tiles) == BEST_TILES
     want = [ONE, *(repr(Setting(TILES[tile], 2, 1)).encode() for tile in tiles)]
     assert candidates(Hopper(), problem) == want  # type: ignore[arg-type]
-    assert candidates(Hopper(), problem._replace(rows=MOST_ROWS + 1)) == [ONE]  # type: ignore[arg-type]
+    assert candidates(Hopper(), problem._replace(rows=MOST_TILED_ROWS + 1)) == [ONE]  # type: ignore[arg-type]
     assert candidates(Library(), problem) == [ONE, TWO]  # type: ignore[arg-type]
 
 

@@ -14,7 +14,7 @@ WORTH_A_TRIAL = {
 }
 """Of what the heuristics name on Hopper: tiles of 128 x 128, 112 x 128, 168 x 64, 64 x 136 and 64 x 72."""
 
-BEST_TILES, MOST_ROWS = 2, 8192
+BEST_TILES, MOST_TILED_ROWS = 2, 8192
 """So many tiles are tried beside these, up to so many rows."""
 
 ONE_BLOCK, SCHEDULES = 2, (1, 5)
@@ -55,7 +55,7 @@ def candidates(library: CublasLt, problem: Problem) -> list[bytes]:
     if not library.is_hopper:
         return named
     chosen = [algorithm for algorithm in named if library.setting(algorithm) in WORTH_A_TRIAL]
-    if problem.rows > MOST_ROWS:
+    if problem.rows > MOST_TILED_ROWS:
         return chosen
     tiles = best_tiles(problem.rows, problem.columns, library.multiprocessors)
     settings = [Setting(TILES[tile], ONE_BLOCK, schedule) for tile in tiles for schedule in SCHEDULES]
