@@ -98,7 +98,7 @@ def best_fit(sizes: Sequence[Size], largest: Size) -> list[Group]:
     groups: list[Group] = []
     room: list[int] = []
     for item, size in enumerate(numbers):
-        best, least = len(groups), full | guards
+        best, least = len(groups), (full | guards) + 1  # more room than any pack has
         for group, free in enumerate(room):
             left = free - size
             if left < least and left & guards == guards:
