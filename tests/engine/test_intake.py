@@ -200,6 +200,14 @@ def test_rows_that_lie_apart_are_read_by_graphs_where_they_are_as_wide_as_vector
     assert len(copies) == (3 * apart if encoder.spec.patch_width % VECTOR else 0)
 
 
+def test_one_item_of_a_list_is_read_by_its_graph(monkeypatch) -> None:
+    encoder, grids = played(), [Grid(1, 6, 8)]
+    x = rows_of(encoder, grids)
+    want = encoder.encode_patches(x, grids, mode="padded")
+    monkeypatch.setattr(Staging, "_bring_rows", lambda *_: pytest.fail("copied by the host"))
+    assert same(encoder.engine.embed([x], grids), want)
+
+
 def test_batches_in_pieces_and_in_several_packs() -> None:
     encoder = played()
     grids = [Grid(1, 2 * choose, 16) for choose in (8, 7, 3, 8, 1, 5)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import pytest
@@ -96,3 +98,36 @@ def test_a_capture_that_fails_with_a_warm_up_fails(captured) -> None:
     with pytest.raises(RuntimeError, match="not permitted"):
         captured(failures=1)
     assert Pool.calls == [True]
+
+
+class Chosen:
+    """Stands for `Gemms`: notes for which budgets algorithms are chosen, and when."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, list[int], int]] = []
+
+    @contextmanager
+    def seeing(self) -> Iterator[dict]:
+        yield {}
+
+    def choose(self, seen: dict, rows: int, budgets: Iterable[int], tell: object = None) -> None:
+        captures = len(Pool.calls) if "calls" in Pool.__dict__ else 0
+        self.asked.append((rows, sorted(budgets), captures))
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_algorithms_are_chosen_before_the_capture_that_needs_them(monkeypatch, lazy: bool) -> None:
+    monkeypatch.setattr(module, "GraphPool", Pool)
+    Pool.failures, Pool.calls = 0, []
+    config, chosen = EncoderConfig(budgets=(16, 32, 64), lazy=lazy), Chosen()
+    with VisionEncoder.from_config("qwen3_vl", config=config) as encoder:
+        engine, attention = encoder.engine, encoder.engine.ladder._attention
+        ladder = Ladder(engine.spec, engine._forward, engine.device, engine.dtype, config, attention, chosen)  # type: ignore[arg-type]
+        if lazy:
+            ladder.complete = False
+            assert ladder.missing(2) == ladder.missing(0) == ""
+        else:
+            ladder.capture()
+    # A ladder's budgets are of the smallest one's products; a late one is of its own.
+    assert chosen.asked == ([(256, [256], 0), (64, [64], 1)] if lazy else [(64, [64, 128, 256], 0)])
+    assert ladder.capture_seconds > 0

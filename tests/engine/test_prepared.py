@@ -340,6 +340,7 @@ def test_several_packs_count_the_same_either_way(grids: list) -> None:
             encoder.encode_patches(rows_of(encoder, grids), grids)
     assert prepared.stats.items == 3 * len(grids)
     assert prepared.stats.packs == prepared.stats.replays == 3 * len(prepared.plan(grids))
+    assert prepared.stats.graph_replays == 0, "the CPU has no graphs"
     assert replace(prepared.stats, static_bytes=0) == replace(plain.stats, static_bytes=0)
 
 
