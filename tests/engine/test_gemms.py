@@ -306,6 +306,25 @@ def test_a_tower_runs_by_the_chosen_algorithms_on_static_buffers_alone() -> None
     torch.testing.assert_close(got, want, rtol=0.05, atol=0.05)
 
 
+def test_a_padded_run_before_any_capture_runs_what_graphs_will(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = VisionEncoder.from_config(
+        "qwen3_vl", device="cpu", dtype="bfloat16", config=EncoderConfig(budgets=(16, 32))
+    )
+    gemms, _ = make()
+    encoder.engine._gemms = encoder.engine.ladder._gemms = gemms
+    choose, asked = gemms.choose, []
+    monkeypatch.setattr(gemms, "choose", lambda seen, rows, *rest: (asked.append(rows), choose(seen, rows, *rest)))
+    for grids in ([Grid(1, 8, 8)], [Grid(1, 8, 12)]):
+        x = torch.randn(sum(grid.patches for grid in grids), encoder.spec.patch_width)
+        before = gemms.runs
+        first = encoder.encode_patches(x, grids, mode="padded")[0].tokens
+        assert gemms.runs > before
+        encoder.engine.ladder._choose_algorithms([0, 1])  # as a capture does
+        assert torch.equal(encoder.encode_patches(x, grids, mode="padded")[0].tokens, first)
+        assert torch.equal(encoder.encode_patches(x, grids)[0].tokens, first)
+    assert asked == [64, 64, 64], "once for the first budget, and in the two captures"
+
+
 def test_algorithms_are_chosen_where_that_is_of_use() -> None:
     assert make_gemms(torch.device("cpu"), BF16) is None
     assert make_gemms(torch.device("cuda", 0), torch.float32) is None

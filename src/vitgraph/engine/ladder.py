@@ -67,6 +67,7 @@ class Ladder:
         self._buffers: dict[int, StaticBuffers] = {}
         self._pool: GraphPool | None = None
         self._uses: dict[int, int] = {}
+        self._settled: set[int] = set()
 
     @property
     def graph_bytes(self) -> int:
@@ -123,9 +124,9 @@ class Ladder:
             self._uses[index] = self._uses.get(index, 0) + 1
             if self._uses[index] < self._config.lazy_after:
                 return WAITING
+            self.settle(index)
             # A warm-up runs on what lies there, and the metadata of another budget is none of this one.
             self._make_arena().clear_block()
-            self._choose_algorithms([index])
             if self._capture(index):
                 return ""
         self.complete = True  # the memory limit is reached: no later budget can be captured either
@@ -172,10 +173,18 @@ class Ladder:
         blocks = {tuple(s.block for s in self._layouts[index].schedules): index for index in sorted(order)}
         return {order[0], order[-1], *blocks.values()}
 
+    def settle(self, index: int) -> None:
+        """Measures what has yet to be measured for a budget, so that its forward runs the same kernels before its
+        capture, in it, and without it. The metadata that lies there is lost."""
+        if self._gemms is not None and index not in self._settled:
+            self._make_arena().clear_block()
+            self._choose_algorithms([index])
+
     def _choose_algorithms(self, indices: Sequence[int], progress: Progress | None = None) -> None:
         """Of the products of these budgets, by those of the smallest one, whose forward runs once."""
         if self._gemms is None:
             return
+        self._settled.update(indices)
         start, smallest = time.perf_counter(), min(indices)
         rows = {index: self.budgets[index].capacity["patch"] for index in indices}
         with self._gemms.seeing() as seen:

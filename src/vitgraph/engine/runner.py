@@ -144,8 +144,10 @@ class PackRunner:
         buffers = self._ladder.static(budget)
         stream = self._order.enter()
         try:
-            # Asked before the question which form runs: a first capture may decide that.
+            # Before the question which form runs: what is measured for a first run may decide that.
             captured = use_graph and self._has_graph(pack, budget)
+            if not captured:
+                self._ladder.settle(budget)
             long = self._ladder.runs_long(budget, pack.counts)
             graph = self._ladder.graph(budget, long) if captured else None
             self._launch(graph, buffers, long, pack, rows, stream)
