@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -19,12 +20,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vitgraph"
 
 
-def read_entry(path: Path, key: str) -> Any:
-    """What is kept under the key; None when nothing is, or when the file cannot be read."""
-    return _read(path).get(key)
+def read_entry(path: Path, key: str) -> dict[str, Any] | None:
+    """What is kept under the key; None when nothing of use is, or when the file cannot be read."""
+    entry = _read(path).get(key)
+    return entry if isinstance(entry, dict) else None
 
 
-def keep_entry(path: Path, key: str, entry: Any) -> None:
+def keep_entry(path: Path, key: str, entry: Mapping[str, Any]) -> None:
     """Adds an entry; other processes may do the same. A folder that cannot be written is logged, not raised."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,6 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from fractions import Fraction
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -83,7 +82,7 @@ class Gemms:
         """
         key = f"{self._library.gpu} | cuBLASLt {self._library.version}"
         path = cache_folder() / "gemms.json"
-        kept = _kept(path, key)
+        kept = read_entry(path, key) or {}
         missing: list[tuple[Problem, list[Tensor]]] = []
         for problem, weights in _of_budgets(seen, rows, budgets):
             algorithm = _from_hex(kept.get(problem.name))
@@ -100,7 +99,7 @@ class Gemms:
         torch.cuda.empty_cache()  # graphs could not use what the trial runs leave
         found = {problem.name: self._chosen[problem].hex() for problem, _ in missing if problem in self._chosen}
         if found:
-            keep_entry(path, key, _kept(path, key) | found)
+            keep_entry(path, key, (read_entry(path, key) or {}) | found)
 
     def _measure(self, missing: Sequence[tuple[Problem, list[Tensor]]]) -> None:
         """Of products with many rows every other one is measured; those between take after the one before. What cannot
@@ -176,11 +175,6 @@ def _of_budgets(seen: Weights, rows: int, budgets: Iterable[int]) -> Iterator[tu
             if own.denominator == 1 and scaled not in given:
                 given.add(scaled)
                 yield scaled, weights
-
-
-def _kept(path: Path, key: str) -> dict[str, object]:
-    entry = read_entry(path, key)
-    return dict(entry) if isinstance(entry, dict) else {}
 
 
 def _from_hex(text: object) -> bytes | None:
