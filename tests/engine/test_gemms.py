@@ -312,6 +312,7 @@ def test_a_padded_run_before_any_capture_runs_what_graphs_will(monkeypatch: pyte
     )
     gemms, _ = make()
     encoder.engine._gemms = encoder.engine.ladder._gemms = gemms
+    encoder.engine.ladder._settled.clear()
     choose, asked = gemms.choose, []
     monkeypatch.setattr(gemms, "choose", lambda seen, rows, *rest: (asked.append(rows), choose(seen, rows, *rest)))
     for grids in ([Grid(1, 8, 8)], [Grid(1, 8, 12)]):
@@ -319,7 +320,7 @@ def test_a_padded_run_before_any_capture_runs_what_graphs_will(monkeypatch: pyte
         before = gemms.runs
         first = encoder.encode_patches(x, grids, mode="padded")[0].tokens
         assert gemms.runs > before
-        encoder.engine.ladder._choose_algorithms([0, 1])  # as a capture does
+        encoder.engine.ladder._settle([0, 1])  # as a capture does
         assert torch.equal(encoder.encode_patches(x, grids, mode="padded")[0].tokens, first)
         assert torch.equal(encoder.encode_patches(x, grids)[0].tokens, first)
     assert asked == [64, 64, 64], "once for the first budget, and in the two captures"

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from vitgraph import EncoderConfig, VisionEncoder
+from vitgraph.attention.sdpa import SdpaAttention
 from vitgraph.engine import ladder as module
 from vitgraph.engine.graph import CapturedGraph
 from vitgraph.engine.ladder import Ladder
@@ -131,3 +132,57 @@ def test_algorithms_are_chosen_before_the_capture_that_needs_them(monkeypatch, l
     # A ladder's budgets are of the smallest one's products; a late one is of its own.
     assert chosen.asked == ([(256, [256], 0), (64, [64], 1)] if lazy else [(64, [64, 128, 256], 0)])
     assert ladder.capture_seconds > 0
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_kernels_are_compiled_by_the_smallest_budget_of_each_and_once(monkeypatch, long: bool) -> None:
+    """In both of its forms, where the attention tells them apart."""
+    blocks, inside, ran, forms = {64: 1, 128: 1, 256: 2, 512: 2}, [], [], []
+    each = 2 if long else 1
+
+    @contextmanager
+    def compiling(device: torch.device) -> Iterator[None]:
+        inside.append(device)
+        yield
+        inside.append(None)
+
+    monkeypatch.setattr(module, "compiling", compiling)
+    monkeypatch.setattr(module, "kernel_of", lambda attention, rows, longest: blocks[rows])
+    config = EncoderConfig(budgets=(16, 32, 64, 128))
+    with VisionEncoder.from_config("qwen3_vl", config=config) as encoder:
+        engine = encoder.engine
+
+        def forward(buffers):
+            assert inside and inside[-1] is not None
+            ran.append(len(buffers.pixel_values))
+            forms.append(buffers.segments["cu_seqlens"].long)
+            return ()
+
+        attention = WithLong() if long else Tiled()
+        ladder = Ladder(engine.spec, forward, engine.device, engine.dtype, config, attention)
+        static = [ladder.static(index) for index in range(4)]
+        ladder._device = torch.device("cuda", 0)
+        told: list[str] = []
+        ladder._settled.clear()
+        ladder.settle(1)
+        assert ran == [128] * each, "one budget is asked for, whose kernel is compiled"
+        ladder._settle([3, 2, 1, 0], lambda done, total, text: told.append(text))
+        assert ran == [128] * each + [256] * each, "the other kernel is compiled by the smallest budget that runs it"
+        ladder._settle([3, 2, 1, 0], lambda done, total, text: told.append(text))
+    assert len(ran) == 2 * each and told == ["compiling kernels"]
+    assert forms == ([False, True] if long else [False]) * 2
+    assert inside == [torch.device("cuda", 0), None] * 2 and len(static) == 4
+
+
+class Tiled(SdpaAttention):
+    """Wants tile schedules."""
+
+    def block(self, rows: int, longest: int) -> int:
+        return 16
+
+
+class WithLong(Tiled):
+    """Has another kernel for packs of long segments, so far for none."""
+
+    def long(self, rows: int) -> bool:
+        return False

@@ -20,6 +20,7 @@ from vitgraph.attention.sdpa import SdpaAttention
 from vitgraph.attention.select import select_attention
 from vitgraph.core import Grid
 from vitgraph.errors import ConfigError
+from vitgraph.launch import compiling
 from vitgraph.measured import cache_folder
 
 CPU = torch.device("cpu")
@@ -105,6 +106,17 @@ def test_what_was_chosen_is_warmed_up_when_the_times_come_from_a_file() -> None:
     save_times(attention._key(2, 8), dict.fromkeys(CLASSES, times))
     attention(*torch.randn(8, 3, 2, 8).unbind(1), make_segments(8, [8], 0), 1.0)
     assert (chosen.warm_ups, unused.warm_ups) == (1, 0)
+
+
+def test_nothing_is_measured_while_kernels_are_compiled() -> None:
+    own, other = Own(), Other()
+    attention = AutoAttention(own, [other], CPU, torch.float32, clock(own, other, 512))
+    call = [*torch.randn(8, 3, 2, 8).unbind(1)], make_segments(8, [8], 0)
+    with compiling(CPU):
+        attention(*call[0], call[1], 1.0)
+    assert not has_own_graph(attention, 16384)
+    attention(*call[0], call[1], 1.0)
+    assert has_own_graph(attention, 16384)
 
 
 def test_a_gain_within_the_margin_is_no_reason(caplog) -> None:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from vitgraph.attention.base import Segments, VarlenAttention, tune, warm_up
+from vitgraph.attention.base import Segments, VarlenAttention, kernel_of, tune, warm_up
 from vitgraph.attention.choices import choice_key, measure_once
 from vitgraph.attention.opaque import attend_opaquely, handle_of
 from vitgraph.attention.trial import Time, device_time, loaded_time, nearest_class, segments_of
+from vitgraph.launch import is_compiling
 
 logger = logging.getLogger("vitgraph")
 
@@ -37,8 +38,8 @@ class OptionalBackend(VarlenAttention, Protocol):
 class AutoAttention:
     """Our kernel, and others for packs of one segment, or of long ones: `Segments.long`.
 
-    The first call outside a capture measures, once per GPU, versions, heads, head dim and dtype; the result is kept on
-    disk. Segment lengths that were not measured take the choice of the nearest one.
+    The first call outside a capture that runs its kernels measures, once per GPU, versions, heads, head dim and dtype;
+    the result is kept on disk. Segment lengths that were not measured take the choice of the nearest one.
 
     Args:
         own: runs any pack.
@@ -67,6 +68,10 @@ class AutoAttention:
     def block(self, rows: int, longest: int) -> int:
         return self.own.block(rows, longest)
 
+    def kernel(self, rows: int, longest: int) -> Hashable:
+        """Of our kernel, see `kernel_of`."""
+        return kernel_of(self.own, rows, longest)
+
     def tune(self, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> None:
         """Lets our kernel choose its configurations."""
         tune(self.own, heads, head_dim, device, dtype)
@@ -78,7 +83,7 @@ class AutoAttention:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
         if torch.compiler.is_compiling():
             return attend_opaquely(self._handle, q, k, v, segments, scale, segments.long)
-        if not self._chosen and not torch.cuda.is_current_stream_capturing():
+        if not self._chosen and not torch.cuda.is_current_stream_capturing() and not is_compiling():
             self._choose(q.shape[1], q.shape[2])
         backend = self._choice(q.shape[0]) if segments.long else self.own
         return backend(q, k, v, segments, scale)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -62,6 +62,18 @@ def warm_up(attention: VarlenAttention, heads: int, head_dim: int, device: torch
     run = getattr(attention, "warm_up", None)
     if run is not None:
         run(heads, head_dim, device, dtype)
+
+
+def kernel_of(attention: VarlenAttention, rows: int, longest: int) -> Hashable:
+    """What tells the kernel for a buffer from a backend's other ones; the arguments are those of `block`."""
+    name = getattr(attention, "kernel", attention.block)
+    found: Hashable = name(rows, longest)
+    return found
+
+
+def looks_at_long(attention: VarlenAttention) -> bool:
+    """Whether `Segments.long` may change what a backend runs."""
+    return hasattr(attention, "long")
 
 
 def has_own_graph(attention: VarlenAttention, rows: int) -> bool:

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vitgraph.launch import launch_kernel
+
 ROWS, COLUMNS = 16, 512
 
 
@@ -65,7 +67,8 @@ def zero_tail(x: Tensor, cu_seqlens: Tensor) -> None:
 def _launch(x: Tensor, cu_seqlens: Tensor, bound: bool) -> None:
     rows, heads, head_dim = x.shape
     assert x.stride()[1:] == (head_dim, 1), "a row's heads must lie one after another"
-    _guard_kernel[(triton.cdiv(rows, ROWS),)](
+    launch_kernel(
+        _guard_kernel, (triton.cdiv(rows, ROWS),),
         x, cu_seqlens, cu_seqlens.shape[0] - 1, rows, x.stride(0), BOUND=bound, LARGEST=torch.finfo(x.dtype).max,
         WIDTH=heads * head_dim, ROWS=ROWS, COLUMNS=COLUMNS,
     )  # fmt: skip

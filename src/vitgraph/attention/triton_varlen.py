@@ -20,6 +20,7 @@ from vitgraph.attention.base import Segments
 from vitgraph.attention.kernel_configs import KernelConfig, KernelConfigs
 from vitgraph.attention.opaque import attend_opaquely, handle_of
 from vitgraph.attention.trial import device_time
+from vitgraph.launch import launch_kernel
 
 LOG2_E = 1.4426950408889634
 
@@ -204,7 +205,9 @@ def launch(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, config: KernelConfig,
         k_desc, v_desc = (_descriptor(x, rows, heads * head_dim, config.keys, wide) for x in (k, v))
     else:
         tma = False
-    _varlen_kernel[(tiles.shape[0], heads)](
+    launch_kernel(
+        _varlen_kernel,
+        (tiles.shape[0], heads),
         q,
         k,
         v,
@@ -249,6 +252,10 @@ class TritonVarlenAttention:
 
     def block(self, rows: int, longest: int) -> int:
         return self._configs.choose(rows, longest).block
+
+    def kernel(self, rows: int, longest: int) -> KernelConfig:
+        """See `kernel_of`."""
+        return self._configs.choose(rows, longest)
 
     def tune(self, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> None:
         """Chooses configurations by measurement, once per GPU, where none are shipped for it."""

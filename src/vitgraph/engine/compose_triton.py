@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vitgraph.engine.mailbox import HEAD
+from vitgraph.launch import launch_kernel
 
 BLOCK = 1024
 ITEMS = 32
@@ -187,11 +188,13 @@ def launch(
         words: of the layout's largest buffer.
     """
     most, described = matrix.shape[0] - 1, layouts.shape[1]
-    _arrange_kernel[(triton.cdiv(most + 1, ITEMS),)](
+    launch_kernel(
+        _arrange_kernel, (triton.cdiv(most + 1, ITEMS),),
         request, parts, layouts, matrix, *counts, number,
         KINDS=kinds, BUFFERS=buffers, SCHEDULES=schedules, SETS=described - buffers, ITEMS=ITEMS,
     )  # fmt: skip
-    _compose_kernel[(triton.cdiv(words, BLOCK), described)](
+    launch_kernel(
+        _compose_kernel, (triton.cdiv(words, BLOCK), described),
         request, parts, layouts, matrix, out, number,
         DESCRIPTIONS=described, COLUMNS=matrix.shape[1], STEPS=max(most - 1, 1).bit_length(), BLOCK=BLOCK,
     )  # fmt: skip

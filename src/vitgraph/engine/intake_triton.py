@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vitgraph.engine.mailbox import STRETCH_WORDS, STRETCHES
+from vitgraph.launch import launch_kernel
 
 BLOCK = 4096
 COUNT = tl.constexpr(STRETCHES)
@@ -126,7 +127,8 @@ def _pixels_kernel(
 def fetch(ring: Tensor, following: Tensor, request: Tensor, first_stretch: int) -> None:
     """Reads the next request of a `Mailbox`; the arguments are its attributes."""
     entries, words = ring.shape
-    _fetch_kernel[(1,)](
+    launch_kernel(
+        _fetch_kernel, (1,),
         ring, following, request,
         ENTRIES=entries, WORDS=words, FIRST_STRETCH=first_stretch, BLOCK=triton.next_power_of_2(words),
     )  # fmt: skip
@@ -142,7 +144,8 @@ def copy_pixels(request: Tensor, first_stretch: int, likes: Sequence[Tensor], ou
         out: `[P, patch_width]`, contiguous, with room for all rows.
     """
     blocks, most = triton.cdiv(out.numel(), BLOCK), (request.shape[0] - first_stretch) // STRETCH_WORDS
-    _pixels_kernel[(blocks,)](
+    launch_kernel(
+        _pixels_kernel, (blocks,),
         request, request.view(torch.int64), *likes, out,
         FIRST_STRETCH=first_stretch, WIDTH=out.shape[1], MOST=triton.next_power_of_2(most), BLOCK=BLOCK,
     )  # fmt: skip

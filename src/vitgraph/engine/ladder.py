@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from vitgraph.attention.base import VarlenAttention, has_own_graph
+from vitgraph.attention.base import VarlenAttention, has_own_graph, kernel_of, looks_at_long
 from vitgraph.config import EncoderConfig
 from vitgraph.core import Counts
 from vitgraph.engine.buffers import Arena, MetadataLayout, StaticBuffers
@@ -18,6 +19,7 @@ from vitgraph.engine.compose import Composer
 from vitgraph.engine.gemms import Gemms
 from vitgraph.engine.graph import CapturedGraph, GraphPool
 from vitgraph.engine.intake import make_intake
+from vitgraph.launch import compiling
 from vitgraph.models.contract import TowerBuffers, TowerSpec
 from vitgraph.planning.budgets import make_budgets
 
@@ -67,7 +69,9 @@ class Ladder:
         self._buffers: dict[int, StaticBuffers] = {}
         self._pool: GraphPool | None = None
         self._uses: dict[int, int] = {}
-        self._settled: set[int] = set()
+        # Elsewhere there is nothing to compile or to measure.
+        self._settled = set() if device.type == "cuda" or gemms else set(range(len(self.budgets)))
+        self._compiled: set[Hashable] = set()
 
     @property
     def graph_bytes(self) -> int:
@@ -144,7 +148,7 @@ class Ladder:
         arena = self._make_arena()
         arena.make_slots()
         arena.clear_block()
-        self._choose_algorithms(order, progress)
+        self._settle(order, progress)
         warm_ups = self._warm_ups(order)
         for done, index in enumerate(order):
             if progress:
@@ -166,32 +170,68 @@ class Ladder:
         self._pool = self._arena = None
 
     def _warm_ups(self, order: Sequence[int]) -> set[int]:
-        """Budgets that run once before capture: the largest, the smallest, and the first with each tile size.
+        """Budgets that run once before capture: the largest, the smallest, and the first with each attention kernel.
 
-        A warm-up compiles kernels and makes workspaces; the other budgets use the same ones.
+        A warm-up loads kernels and makes workspaces; the other budgets use the same ones.
         """
-        blocks = {tuple(s.block for s in self._layouts[index].schedules): index for index in sorted(order)}
-        return {order[0], order[-1], *blocks.values()}
+        return {order[0], order[-1], *self._by_kernels(sorted(order)).values()}
+
+    def _by_kernels(self, order: Iterable[int]) -> dict[Hashable, int]:
+        """Attention kernels -> the last budget that runs them."""
+        found: dict[Hashable, int] = {}
+        for index in order:
+            layout = self._layouts[index]
+            kernels = (kernel_of(self._attention, s.rows, layout.longest[s.segments]) for s in layout.schedules)
+            found[tuple(kernels)] = index
+        return found
 
     def settle(self, index: int) -> None:
-        """Measures what has yet to be measured for a budget, so that its forward runs the same kernels before its
+        """Compiles and measures what has yet to be for a budget, so that its forward runs the same kernels before its
         capture, in it, and without it. The metadata that lies there is lost."""
-        if self._gemms is not None and index not in self._settled:
+        if index not in self._settled:
             self._make_arena().clear_block()
-            self._choose_algorithms([index])
+            self._settle([index])
+
+    def _settle(self, indices: Sequence[int], progress: Progress | None = None) -> None:
+        start = time.perf_counter()
+        self._settled.update(indices)
+        self._compile_kernels(indices, progress)
+        self._choose_algorithms(indices, progress)
+        self.capture_seconds += time.perf_counter() - start
+
+    def _compile_kernels(self, indices: Sequence[int], progress: Progress | None) -> None:
+        """Compiles what these budgets launch, several kernels at once.
+
+        Both forms of a budget run, for with torch.compile each may be code of its own. Codes share kernels, and a new
+        one measures them again: graphs captured before would run other configurations than the forward does since.
+        """
+        # The smallest budget of each attention kernel, for products of matrices do run.
+        smallest = self._by_kernels(sorted(indices, reverse=True))
+        missing = {kernels: index for kernels, index in smallest.items() if kernels not in self._compiled}
+        if not missing or self._device.type != "cuda" or find_spec("triton") is None:
+            return
+        self._compiled.update(missing)
+        if progress:
+            progress(0, len(indices), "compiling kernels")
+        with compiling(self._device):
+            for index in missing.values():
+                buffers = self.static(index)
+                if buffers.arena.intake is not None:
+                    buffers.arena.intake.launch(buffers)
+                self._forward(buffers.inputs)
+                if looks_at_long(self._attention):
+                    self._forward(buffers.long)
 
     def _choose_algorithms(self, indices: Sequence[int], progress: Progress | None = None) -> None:
         """Of the products of these budgets, by those of the smallest one, whose forward runs once."""
         if self._gemms is None:
             return
-        self._settled.update(indices)
-        start, smallest = time.perf_counter(), min(indices)
+        smallest = min(indices)
         rows = {index: self.budgets[index].capacity["patch"] for index in indices}
         with self._gemms.seeing() as seen:
             self._forward(self.static(smallest).inputs)
         tell = partial(progress, 0, len(indices), "measuring GEMMs") if progress else None
         self._gemms.choose(seen, rows[smallest], rows.values(), tell)
-        self.capture_seconds += time.perf_counter() - start
 
     def _capture(self, index: int, warm_up: bool = True) -> bool:
         """Captures one budget; False when the memory limit is reached."""

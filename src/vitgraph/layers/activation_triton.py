@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vitgraph.launch import launch_kernel
+
 SLOPES = {"silu": 1.0, "quick_gelu": 1.702}
 """Activations of the form x * sigmoid(slope * x)."""
 
@@ -55,7 +57,8 @@ def _launch(x: Tensor, up: Tensor | None, out: Tensor, activation: str) -> Tenso
     rows, columns = x.shape
     assert x.stride(1) == 1 and (up is None or up.stride(1) == 1), "the values of a row must lie one after another"
     other = x if up is None else up
-    _activate_kernel[(rows, triton.cdiv(columns, BLOCK))](
+    launch_kernel(
+        _activate_kernel, (rows, triton.cdiv(columns, BLOCK)),
         x, other, out, columns, x.stride(0), other.stride(0), out.stride(0),
         SLOPE=SLOPES[activation], GATED=up is not None, BLOCK=BLOCK,
     )  # fmt: skip

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vitgraph.launch import launch_kernel
+
 
 @triton.jit
 def _norm_kernel(
@@ -100,7 +102,9 @@ def _launch(
 ) -> None:
     rows, dim = x.shape
     assert x.is_contiguous() and (delta is None or delta.is_contiguous()), "rows must lie one after another"
-    _norm_kernel[(rows,)](
+    launch_kernel(
+        _norm_kernel,
+        (rows,),
         x,
         x if delta is None else delta,
         weight,

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vitgraph.launch import launch_kernel
+
 
 @triton.jit
 def _add_table_kernel(
@@ -48,7 +50,8 @@ def add_table_in_place(x: Tensor, table: Tensor, index: Tensor, weight: Tensor) 
     """
     rows, dim = x.shape
     assert x.is_contiguous() and table.is_contiguous(), "rows must lie one after another"
-    _add_table_kernel[(rows,)](
-        x, table, index, weight, DIM=dim, DIM_P2=triton.next_power_of_2(dim), TAPS=index.shape[1]
-    )
+    launch_kernel(
+        _add_table_kernel, (rows,),
+        x, table, index, weight, DIM=dim, DIM_P2=triton.next_power_of_2(dim), TAPS=index.shape[1],
+    )  # fmt: skip
     return x

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vitgraph.launch import launch_kernel
+
 BLOCK = 128
 WIDEST_CHUNK = 8
 
@@ -57,7 +59,8 @@ def rotate_in_place(qk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     # The widest power of two that divides half a head: a chunk is one load of its size.
     chunk = min(half & -half, WIDEST_CHUNK)
     chunks = rows * two * heads * (half // chunk)
-    _rotate_kernel[(triton.cdiv(chunks, BLOCK),)](
-        qk, cos, sin, qk.stride(0), chunks, HEADS=two * heads, HALF=half, CHUNK=chunk, BLOCK=BLOCK
-    )
+    launch_kernel(
+        _rotate_kernel, (triton.cdiv(chunks, BLOCK),),
+        qk, cos, sin, qk.stride(0), chunks, HEADS=two * heads, HALF=half, CHUNK=chunk, BLOCK=BLOCK,
+    )  # fmt: skip
     return qk

@@ -1,0 +1,121 @@
+"""Kernels that are compiled before they are launched. They and Triton's own mode are made up."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+import triton
+
+from vitgraph.launch import compiling, is_compiling, launch_kernel
+
+DEVICE = torch.device("cpu")
+
+
+class Compiled:
+    """As Triton has it: asking for `run` loads it."""
+
+    def __init__(self, fails: bool) -> None:
+        self.fails, self.loaded_by = fails, ""
+
+    @property
+    def run(self) -> object:
+        self.loaded_by = threading.current_thread().name
+        if self.fails:
+            raise RuntimeError("out of shared memory")
+        return self
+
+
+class Kernel:
+    """Notes its launches, and what was compiled for which options."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.launched: list[tuple] = []
+        self.compiled: dict[object, Compiled] = {}
+        self.fails = fails
+
+    def __getitem__(self, grid: tuple[int, ...]):
+        return lambda *args, **options: self.launched.append((grid, args, options))
+
+    def warmup(self, *args: object, grid: tuple[int, ...], **options: object) -> Compiled:
+        return self.compiled.setdefault(tuple(options.items()), Compiled(self.fails))
+
+
+@pytest.fixture(autouse=True)
+def _no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Current:
+        def __init__(self, device: torch.device) -> None: ...
+        def __enter__(self) -> None: ...
+        def __exit__(self, *error: object) -> None: ...
+
+    monkeypatch.setattr(torch.cuda, "device", Current)
+
+
+def test_a_launch_passes_everything_on() -> None:
+    kernel = Kernel()
+    launch_kernel(kernel, (2, 3), 1, 2.0, BLOCK=64)
+    assert kernel.launched == [((2, 3), (1, 2.0), {"BLOCK": 64})]
+    assert not kernel.compiled
+
+
+def test_in_a_block_each_kernel_is_compiled_and_loaded_in_a_thread_and_none_runs() -> None:
+    one, two = Kernel(), Kernel()
+    with compiling(DEVICE):
+        assert is_compiling()
+        for _ in range(3):
+            launch_kernel(one, (1,), 5, BLOCK=64)
+        launch_kernel(one, (1,), 5, BLOCK=128)
+        launch_kernel(two, (1,))
+    assert not is_compiling()
+    assert not one.launched and not two.launched
+    assert (len(one.compiled), len(two.compiled)) == (2, 1)
+    compiled = [*one.compiled.values(), *two.compiled.values()]
+    assert all(own.loaded_by.startswith("vitgraph-compile") for own in compiled)
+    launch_kernel(one, (1,))
+    assert len(one.launched) == 1
+
+
+def test_a_future_of_a_kernel_is_waited_for() -> None:
+    class Future:
+        compiled = Compiled(False)
+
+        def result(self) -> Compiled:
+            return self.compiled
+
+    class Slow(Kernel):
+        def warmup(self, *args: object, grid: tuple[int, ...], **options: object) -> Future:  # type: ignore[override]
+            return Future()
+
+    with compiling(DEVICE):
+        launch_kernel(Slow(), (1,))
+    assert Future.compiled.loaded_by
+
+
+def test_what_cannot_be_loaded_is_left_to_its_launch() -> None:
+    broken, good = Kernel(fails=True), Kernel()
+    with compiling(DEVICE):
+        launch_kernel(broken, (1,))
+        launch_kernel(good, (1,))
+    assert all(own.loaded_by for kernel in (broken, good) for own in kernel.compiled.values())
+    launch_kernel(broken, (1,))
+    assert broken.launched
+
+
+def test_an_error_in_the_block_ends_it() -> None:
+    kernel = Kernel()
+    with pytest.raises(ValueError, match="of the forward"), compiling(DEVICE):
+        raise ValueError("of the forward")
+    assert not is_compiling()
+    with triton.AsyncCompileMode(None):  # another one may begin
+        launch_kernel(kernel, (1,))
+    assert kernel.launched
+
+
+def test_other_threads_launch_meanwhile() -> None:
+    kernel = Kernel()
+    with compiling(DEVICE):
+        thread = threading.Thread(target=launch_kernel, args=(kernel, (1,)))
+        thread.start()
+        thread.join()
+    assert len(kernel.launched) == 1 and not kernel.compiled
