@@ -9,6 +9,8 @@ import torch
 
 from attention_cases import check, interpreted_loops, make_qkv, make_segments
 from vitgraph.attention import auto
+from vitgraph.attention.auto import AutoAttention
+from vitgraph.attention.base import kernel_of
 from vitgraph.attention.kernel_configs import (
     CANDIDATES,
     CLASSES,
@@ -19,7 +21,9 @@ from vitgraph.attention.kernel_configs import (
     KernelConfig,
     KernelConfigs,
 )
+from vitgraph.attention.sdpa import SdpaAttention
 from vitgraph.attention.trial import nearest_class, segments_of, usual_lengths
+from vitgraph.attention.triton_varlen import TritonVarlenAttention
 
 CPU = torch.device("cpu")
 
@@ -111,3 +115,13 @@ def test_every_candidate_computes_the_same(config: KernelConfig) -> None:
     segments = make_segments(160, [70, 33], config.block)
     qkv = make_qkv(160, 103, 2, 24, torch.float16)
     check(_run(*qkv.unbind(1), segments, 24**-0.5, config), qkv, segments, 103, 5e-3)
+
+
+def test_kernels_are_told_apart_by_their_configuration_and_backends_without_one_by_their_block(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    own = TritonVarlenAttention()
+    own.tune(16, 72, CPU, torch.bfloat16)
+    for attention in (own, AutoAttention(own, [], CPU, torch.bfloat16)):
+        assert attention.block(256, 256) == attention.block(784, 784)
+        assert [kernel_of(attention, rows, rows) for rows in (256, 784)] == [WIDE, SMALL]
+    assert kernel_of(SdpaAttention(), 256, 256) == 0

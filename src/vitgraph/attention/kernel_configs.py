@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,7 +12,6 @@ from torch import Tensor
 from vitgraph.attention.base import Segments
 from vitgraph.attention.choices import choice_key, measure_once
 from vitgraph.attention.trial import Time, nearest_class, segments_of, usual_lengths
-from vitgraph.launch import compiling
 
 logger = logging.getLogger("vitgraph")
 
@@ -125,18 +123,11 @@ def _measure(
     """Microseconds by configuration for a buffer filled with usual images."""
     q, k, v = torch.randn(rows, 3, heads, head_dim, device=device, dtype=dtype).unbind(1)
     lengths = usual_lengths(rows)
-    calls = {
-        config.name: partial(run, q, k, v, segments_of(lengths, config.block, device), head_dim**-0.5, config)
-        for config in CANDIDATES
-    }
-    if device.type == "cuda":
-        with compiling(device):
-            for call in calls.values():
-                call()
     times = {}
-    for name, call in calls.items():
+    for config in CANDIDATES:
+        segments = segments_of(lengths, config.block, device)
         try:
-            times[name] = time(call)
+            times[config.name] = time(lambda: run(q, k, v, segments, head_dim**-0.5, config))  # noqa: B023
         except RuntimeError as error:  # too much shared memory for this GPU, above all
-            logger.debug("attention kernel with %s does not run: %s", name, error)
+            logger.debug("attention kernel with %s does not run: %s", config.name, error)
     return times
