@@ -32,7 +32,7 @@ def launch_kernel(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any
         wanted.append(kernel.warmup(*args, grid=grid, **options))
 
 
-def is_compiling() -> bool:
+def only_compiles() -> bool:
     """Whether launches of this thread compile their kernels instead."""
     return _wanted.get() is not None
 

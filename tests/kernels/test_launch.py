@@ -8,7 +8,7 @@ import pytest
 import torch
 import triton
 
-from vitgraph.launch import compiling, is_compiling, launch_kernel
+from vitgraph.launch import compiling, launch_kernel, only_compiles
 
 DEVICE = torch.device("cpu")
 
@@ -62,12 +62,12 @@ def test_a_launch_passes_everything_on() -> None:
 def test_in_a_block_each_kernel_is_compiled_and_loaded_in_a_thread_and_none_runs() -> None:
     one, two = Kernel(), Kernel()
     with compiling(DEVICE):
-        assert is_compiling()
+        assert only_compiles()
         for _ in range(3):
             launch_kernel(one, (1,), 5, BLOCK=64)
         launch_kernel(one, (1,), 5, BLOCK=128)
         launch_kernel(two, (1,))
-    assert not is_compiling()
+    assert not only_compiles()
     assert not one.launched and not two.launched
     assert (len(one.compiled), len(two.compiled)) == (2, 1)
     compiled = [*one.compiled.values(), *two.compiled.values()]
@@ -106,7 +106,7 @@ def test_an_error_in_the_block_ends_it() -> None:
     kernel = Kernel()
     with pytest.raises(ValueError, match="of the forward"), compiling(DEVICE):
         raise ValueError("of the forward")
-    assert not is_compiling()
+    assert not only_compiles()
     with triton.AsyncCompileMode(None):  # another one may begin
         launch_kernel(kernel, (1,))
     assert kernel.launched

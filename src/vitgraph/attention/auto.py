@@ -14,7 +14,7 @@ from vitgraph.attention.base import Segments, VarlenAttention, kernel_of, tune, 
 from vitgraph.attention.choices import choice_key, measure_once
 from vitgraph.attention.opaque import attend_opaquely, handle_of
 from vitgraph.attention.trial import Time, device_time, loaded_time, nearest_class, segments_of
-from vitgraph.launch import is_compiling
+from vitgraph.launch import only_compiles
 
 logger = logging.getLogger("vitgraph")
 
@@ -83,7 +83,7 @@ class AutoAttention:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
         if torch.compiler.is_compiling():
             return attend_opaquely(self._handle, q, k, v, segments, scale, segments.long)
-        if not self._chosen and not torch.cuda.is_current_stream_capturing() and not is_compiling():
+        if not self._chosen and not torch.cuda.is_current_stream_capturing() and not only_compiles():
             self._choose(q.shape[1], q.shape[2])
         backend = self._choice(q.shape[0]) if segments.long else self.own
         return backend(q, k, v, segments, scale)
