@@ -37,12 +37,12 @@ from vitgraph.engine.measure import usual_items
 ITEMS = (1, 2, 4, 8, 20, 64)
 PLACES = ("device", "pinned", "pageable")
 HOST_ITEMS = 8
-SEVERAL_PACKS = ((64, 20, "known"), (32, 48, "mixed"), (32, 48, "new"))
+SEVERAL_PACKS = ((64, 20, "known"), (32, 48, "mixed"), (32, 48, "new"), (64, 28, "new"))
 """Items, their side in patches, or the longest, and what kind of batch they are."""
 
 LAUNCHED_TOKENS = (64, 256, 1024, 4096)
 MOST_PATCHES = 8192
-ROUNDS, RUNS, WARMUP = 8, 12, 6
+ROUNDS, RUNS, WARMUP = 6, 12, 6
 CALLS = WARMUP + 2 * RUNS
 """Of a round: the first ones count for nothing, then every second one is timed, and every other begins with Python."""
 
@@ -207,7 +207,9 @@ def main() -> None:
         # What is staged waits for its slot: two calls may be in flight, no more.
         staged = [(HOST_ITEMS, side_of(HOST_ITEMS), place, "known") for place in PLACES[1:]]
         kinds += [(*one, gpu) for one in staged for gpu in ("idle", "busy")]
-        kinds += [(items, side, "device", batch, "idle") for items, side, batch in SEVERAL_PACKS]
+        kinds += [
+            (items, side, "device", batch, gpu) for items, side, batch in SEVERAL_PACKS for gpu in ("idle", "behind")
+        ]
         rounds = [[one_round(encoder, launches, *kind) for kind in kinds] for _ in range(ROUNDS)]
     lines = []
     for (items, side, place, batch, gpu), *own in zip(kinds, *rounds, strict=True):

@@ -25,9 +25,9 @@ from techniques import POWERS_OF_TWO
 from vitgraph import VisionEncoder
 from vitgraph.bench.reference import reference_forward, reference_model
 from vitgraph.bench.workloads import parse_workload
-from vitgraph.core import Grid, Grids, Pack, Piece
+from vitgraph.core import Grid, Grids, KnownGrid, Pack
 from vitgraph.planning.packing import Planner
-from vitgraph.planning.search import greedy
+from vitgraph.planning.search import Found, greedy
 
 SIZES = {224: 0.2, 336: 0.3, 448: 0.2, 672: 0.2, 1008: 0.1}
 """Side in pixels -> share of images; rounded to multiples of 32."""
@@ -51,14 +51,13 @@ class GreedyPlanner(Planner):
     """Ascending greedy packing into the smallest budget that holds each pack; no costs."""
 
     def one_pack(self, grids: Grids, eager: bool = True) -> Pack | None:
-        return None  # one pack or several, `_several` makes them
+        return None  # one pack or several, `_search` says
 
-    def _several(self, grids: Grids, split: bool, eager: bool) -> list[Pack]:
-        order = sorted(range(len(grids)), key=lambda i: -grids[i].patches)
-        sizes = [grids.known[i].size for i in order]
-        groups = greedy(sizes, tuple(column[-1] for column in self._columns))
-        pieces = [sorted(Piece(order[i], grids[order[i]]) for i in group) for group in groups]
-        return [self._pack(own, [grids.known[piece.item] for piece in own], eager=False) for own in pieces]
+    def _search(self, known: Sequence[KnownGrid]) -> Found:
+        order = sorted(range(len(known)), key=lambda at: -known[at].grid.patches)
+        groups = greedy([known[at].size for at in order], self._prices.largest)
+        groups = sorted(sorted(order[i] for i in group) for group in groups)
+        return Found.of(groups, [own.grid.patches for own in known])
 
 
 def time_requests(run: Callable[[torch.Tensor, list[Grid]], object], width: int) -> list[float]:

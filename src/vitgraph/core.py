@@ -16,10 +16,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, overload
 Counts = Mapping[str, int]
 """How many rows of each kind ("patch", "token", "item", "segment", "window", ...) something has or holds."""
 
-
-Stretches = tuple[tuple[int, int], ...]
-"""Where the pixel rows of a pack lie in those of its batch: first row and number of rows of each stretch."""
-
 NOWHERE = b""
 
 MOST_PATCHES = 1 << 40
@@ -69,6 +65,7 @@ class KnownGrid:
         fits: whether the planner's largest budget holds such an item.
         place: where its part of the metadata lies on the device, an int32 as requests hold it, or NOWHERE.
         digits: size and load as one number, so that they are summed as fast as numbers are; see `sums_of`.
+        row: size and load as the compiled search reads them.
     """
 
     grid: Grid
@@ -78,10 +75,13 @@ class KnownGrid:
     fits: bool = True
     place: bytes = NOWHERE
     digits: int = field(init=False)
+    row: bytes = field(init=False)
 
     def __post_init__(self) -> None:
         layout = _digits(len(self.size))
-        self.digits = int.from_bytes(layout.pack(*self.size), "little") + (self.load << 8 * layout.size)
+        size = layout.pack(*self.size)
+        self.digits = int.from_bytes(size, "little") + (self.load << 8 * layout.size)
+        self.row = size + struct.pack("<d", self.load)
 
 
 @cache
@@ -100,6 +100,71 @@ def sums_of(digits: int, kinds: int) -> tuple[tuple[int, ...], int]:
     layout = _digits(kinds)
     load = digits >> 8 * layout.size
     return layout.unpack((digits - (load << 8 * layout.size)).to_bytes(layout.size, "little")), load
+
+
+class Stretches(Sequence[tuple[int, int]]):
+    """Where the pixel rows of a pack lie in those of its batch: first row and number of rows of each stretch.
+
+    Args:
+        table: per stretch two int32, as requests hold them: the pack's row that follows it, and its first row in the
+            batch.
+    """
+
+    __slots__ = ("table",)
+    _ENTRY = struct.Struct("=2i")
+
+    def __init__(self, table: bytes) -> None:
+        self.table = table
+
+    @classmethod
+    def of(cls, stretches: Iterable[tuple[int, int]]) -> Stretches:
+        """From first rows and numbers of rows."""
+        ends = 0
+        return cls(b"".join([cls._ENTRY.pack(ends := ends + rows, first) for first, rows in stretches]))
+
+    @classmethod
+    def of_items(cls, chosen: Iterable[int], starts: Sequence[int]) -> Stretches:
+        """Of items; what lies one after another is one stretch.
+
+        Args:
+            chosen: the items.
+            starts: the first row of every item in the batch, and the end of the last.
+        """
+        found: list[tuple[int, int]] = []
+        for item in chosen:
+            first, end = starts[item], starts[item + 1]
+            if found and sum(found[-1]) == first:
+                found[-1] = found[-1][0], end - found[-1][0]
+            else:
+                found.append((first, end - first))
+        return cls.of(found)
+
+    @property
+    def rows(self) -> int:
+        """Of all stretches."""
+        return self._ENTRY.unpack_from(self.table, len(self.table) - self._ENTRY.size)[0]
+
+    def __len__(self) -> int:
+        return len(self.table) // self._ENTRY.size
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[int, int]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[tuple[int, int], ...]: ...
+
+    def __getitem__(self, index: int | slice) -> tuple[int, int] | tuple[tuple[int, int], ...]:
+        before, found = 0, []
+        for end, first in self._ENTRY.iter_unpack(self.table):
+            found.append((first, end - before))
+            before = end
+        return tuple(found)[index]
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter(self[:])
+
+    def __repr__(self) -> str:
+        return f"Stretches.of({self[:]!r})"
 
 
 class Grids(Sequence[Grid]):
@@ -168,43 +233,57 @@ class Pack:
     def of_whole_items(cls, grids: Grids, counts: Counts, budget: int | None, reason: str = "") -> Pack:
         """Items in the caller's order, none of them cut. Their pieces are made when they are asked for."""
         made = object.__new__(cls)
-        stretches = ((0, counts["patch"]),)
+        stretches = Stretches.of(((0, counts["patch"]),))
         made.__dict__.update(grids=grids, counts=counts, budget=budget, reason=reason, stretches=stretches)
         return made
 
     @classmethod
-    def of_pieces(
-        cls, pieces: tuple[Piece, ...], grids: Grids, counts: Counts, budget: int | None, reason: str = ""
+    def of_some(
+        cls,
+        chosen: Sequence[int],
+        pieces: Sequence[Piece] | None,
+        stretches: Stretches,
+        grids: Grids,
+        counts: Counts,
+        budget: int | None,
+        reason: str,
     ) -> Pack:
-        """Pieces whose grids are known."""
-        made = cls(pieces, counts, budget, reason)
-        made.__dict__["grids"] = grids
+        """Some of a batch's items, or of the pieces that they were cut into.
+
+        Args:
+            chosen: which of them.
+            pieces: all that the batch's items were cut into; None where none was cut: then those of the pack are made
+                when they are asked for.
+            stretches: where their pixel rows lie.
+            grids: of the chosen ones.
+            counts, budget, reason: see above.
+        """
+        made = object.__new__(cls)
+        made.__dict__.update(grids=grids, counts=counts, budget=budget, reason=reason, stretches=stretches)
+        if pieces is None:
+            made.__dict__["items"] = chosen
+        else:
+            made.__dict__["pieces"] = tuple([pieces[number] for number in chosen])
         return made
 
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
             # Asked for what the instance lacks: pieces that have not been made yet.
-            if name != "pieces" or "grids" not in self.__dict__:
+            made = self.__dict__
+            if name != "pieces" or "grids" not in made:
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-            return self.__dict__.setdefault(name, tuple(map(Piece, range(len(self.grids)), self.grids)))
-
-    def locate(self, starts: Sequence[int]) -> None:
-        """Notes where its pixel rows lie in those of its batch.
-
-        Args:
-            starts: of every item of the batch its first row.
-        """
-        self.__dict__["stretches"] = tuple(_stretches(self.pieces, starts))
+            items = made.get("items", range(len(self.grids)))
+            return made.setdefault(name, tuple(map(Piece, items, self.grids)))
 
     @cached_property
     def stretches(self) -> Stretches:
         """Where its pixel rows lie in those of its batch.
 
         Raises:
-            LookupError: for a pack that is neither a whole batch nor was located.
+            LookupError: for a pack that no planner made.
         """
-        raise LookupError("nobody located this pack in its batch: planners do so in plan().")
+        raise LookupError("this pack does not know its batch: planners make packs that do, in plan().")
 
     @cached_property
     def grids(self) -> Sequence[Grid]:
@@ -220,18 +299,6 @@ class Pack:
             (_,) = self.pieces  # what no planner placed runs alone
             rows = [self.counts["token"]]
         return tuple(zip(self.grids, accumulate(rows, initial=0), rows, strict=False))
-
-
-def _stretches(pieces: Iterable[Piece], starts: Sequence[int]) -> Iterator[tuple[int, int]]:
-    begin = end = 0
-    for piece in pieces:
-        row = starts[piece.item] + piece.first_row
-        if row != end:
-            if end > begin:
-                yield begin, end - begin
-            begin = row
-        end = row + piece.grid.patches
-    yield begin, end - begin
 
 
 def sum_counts(parts: Iterable[Counts]) -> dict[str, int]:

@@ -14,12 +14,12 @@ from torch import Tensor
 from attention_cases import interpreted_loops
 from families import awkward_grids
 from vitgraph import EncoderConfig, VisionEncoder
-from vitgraph.core import Grid
+from vitgraph.core import Grid, Stretches
 from vitgraph.engine import intake_triton
 from vitgraph.engine.compose import Composer
 from vitgraph.engine.graph import CapturedGraph
 from vitgraph.engine.intake import DTYPES, VECTOR, Intake
-from vitgraph.engine.mailbox import HEAD, STRETCHES, stretch_table
+from vitgraph.engine.mailbox import HEAD, STRETCHES
 from vitgraph.engine.staging import Staging
 
 pytest.importorskip("triton")
@@ -147,7 +147,7 @@ def test_rows_of_any_number_of_elements_are_copied_and_nothing_behind_them(
 
 def asked(rows: Tensor, elements: int, stretches: tuple = ()) -> Tensor:
     """A request for rows, as the device has it."""
-    table = torch.frombuffer(bytearray(stretch_table(stretches) or bytes(8)), dtype=torch.int32)
+    table = torch.frombuffer(bytearray(Stretches.of(stretches).table or bytes(8)), dtype=torch.int32)
     request = torch.cat([torch.zeros(HEAD, dtype=torch.int32), table])
     request[1], request[STRETCHES] = DTYPES.index(rows.dtype) + 1, len(stretches)
     request.view(torch.int64)[1:3] = torch.tensor([rows.data_ptr(), elements])

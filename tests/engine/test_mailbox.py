@@ -10,6 +10,7 @@ import struct
 import pytest
 import torch
 
+from vitgraph.core import Stretches
 from vitgraph.engine.graph import CapturedGraph
 from vitgraph.engine.mailbox import (
     ENTRIES,
@@ -20,7 +21,6 @@ from vitgraph.engine.mailbox import (
     STRETCHES,
     Mailbox,
     Request,
-    stretch_table,
 )
 
 pytest.importorskip("triton")
@@ -42,7 +42,7 @@ def make(most_places: int = 5) -> Mailbox:
 
 
 def request(places: list[int], *pixels: int, stretches: tuple = ()) -> Request:
-    table = stretch_table(stretches) if stretches else b""
+    table = Stretches.of(stretches).table
     return Request(struct.pack(f"={len(places)}i", *places), *pixels)._replace(stretches=table)
 
 
@@ -80,7 +80,7 @@ def test_stretches_come_with_all_places_and_are_not_left_to_the_next_request() -
     for one in sent:
         mailbox.post(one)
     assert [fetched(mailbox) for _ in sent] == sent
-    assert stretch_table(every[:2]) == struct.pack("=4i", 3, 7, 5, 1)
+    assert Stretches.of(every[:2]).table == struct.pack("=4i", 3, 7, 5, 1)
 
 
 def test_a_full_ring_is_waited_for_and_nothing_is_written_over() -> None:

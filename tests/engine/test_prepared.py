@@ -334,14 +334,35 @@ def test_batches_of_several_packs_are_prepared_as_well(family: str, replays: lis
 def test_several_packs_count_the_same_either_way(grids: list) -> None:
     prepared, plain = make(), make()
     plain.engine._prepared = PreparedBatches(0)
-    plain.engine._prepare = lambda *_: None
+    plain.engine._runner.prepare = lambda pack: None
     for encoder in (prepared, plain):
         for _ in range(3):
             encoder.encode_patches(rows_of(encoder, grids), grids)
     assert prepared.stats.items == 3 * len(grids)
     assert prepared.stats.packs == prepared.stats.replays == 3 * len(prepared.plan(grids))
     assert prepared.stats.graph_replays == 0, "the CPU has no graphs"
-    assert replace(prepared.stats, static_bytes=0) == replace(plain.stats, static_bytes=0)
+    assert (prepared.stats.python_searches, plain.stats.python_searches) == (2, 3), "once, and once by plan()"
+    own = {"static_bytes": 0, "python_searches": 0}
+    assert replace(prepared.stats, **own) == replace(plain.stats, **own)
+
+
+def test_the_first_pack_runs_before_the_second_is_made(monkeypatch) -> None:
+    encoder, grids = make(), SEVERAL[1]
+    events: list[str] = []
+    packs, replay = encoder.engine.planner.packs, encoder.engine._runner.replay
+
+    def watched(*args):
+        for pack in packs(*args):
+            events.append("made")
+            yield pack
+
+    monkeypatch.setattr(encoder.engine.planner, "packs", watched)
+    monkeypatch.setattr(encoder.engine._runner, "replay", lambda *args: (events.append("ran"), replay(*args))[1])
+    x = rows_of(encoder, grids)
+    assert same(encoder.encode_patches(x, grids), encoder.encode_patches(x, grids, mode="padded"))
+    assert len(events) > 4
+    half = len(events) // 3 * 2  # the padded run makes as many packs, and replays none
+    assert events[:half] == ["made", "ran"] * (half // 2)
 
 
 def test_another_graph_of_any_pack_is_noticed(replays: list) -> None:

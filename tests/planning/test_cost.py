@@ -10,34 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from packing_rule import Rule
+from packing_rule import RULE, grids, models
 from vitgraph.config import EncoderConfig
-from vitgraph.core import Grid, fits
+from vitgraph.core import Grid, KnownGrid, fits
 from vitgraph.planning.budgets import make_budgets
 from vitgraph.planning.cost import SPLIT_US, CostModel, are_long, load_of, segments_are_long
 from vitgraph.planning.packing import EAGER_IS_FASTER, Planner
 from vitgraph.planning.search import Prices, best_fit, best_runs, greedy
-
-RULE = Rule(splits_by_frame=False)
-
-
-@st.composite
-def models(draw: st.DrawFn) -> tuple[tuple, CostModel]:
-    """A ladder and measured-looking costs for it: a floor, a rate, and noise that may make a larger budget cheaper."""
-    tokens = sorted(draw(st.sets(st.integers(4, 800), min_size=1, max_size=8)))
-    budgets = make_budgets(RULE, EncoderConfig(budgets=tuple(tokens)))
-    floor, rate = draw(st.floats(0, 2000)), draw(st.floats(0.1, 10))
-    noise = draw(st.lists(st.floats(0.7, 1.3), min_size=len(budgets), max_size=len(budgets)))
-    fixed = tuple((floor + rate * b.tokens) * n for b, n in zip(budgets, noise, strict=True))
-    slope = (draw(st.floats(0, 1e-3)),) * len(budgets)
-    rows = tuple(b.capacity["patch"] for b in budgets)
-    gains = draw(st.lists(st.floats(0.5, 1.0), min_size=len(budgets), max_size=len(budgets)))
-    long = tuple(s * gain for s, gain in zip(slope, gains, strict=True)) if draw(st.booleans()) else ()
-    beside = (draw(st.floats(0, 300)),) * len(budgets) if long and draw(st.booleans()) else ()
-    return budgets, CostModel(fixed, slope, rows, long_slope=long, long_fixed=beside)
-
-
-grids = st.builds(lambda t, h, w: Grid(t, 2 * h, 2 * w), st.integers(1, 4), st.integers(1, 12), st.integers(1, 12))
 
 
 @given(models(), st.lists(grids, min_size=1, max_size=24))
@@ -136,6 +115,28 @@ def test_runs_are_the_cheapest_cut_of_the_sorted_items(model, items) -> None:
     assert price(sorted(run[0] for run in runs)[1:]) == pytest.approx(min(every))
 
 
+@given(models(), st.lists(grids, min_size=1, max_size=12))
+def test_no_plan_costs_less_than_the_bound(model, items) -> None:
+    budgets, cost = model
+    planner = Planner(RULE, budgets, cost)
+    known = [own for own in map(planner.known, items) if own.fits]
+    if known:
+        assert bound_of(planner, known) <= planner.predicted(planner.plan([own.grid for own in known])) + 1e-6
+
+
+@pytest.mark.parametrize("beside", [-20.0, -150.0])
+def test_nor_do_packs_of_long_segments_that_take_less_than_their_budget(beside: float) -> None:
+    budgets = ladder(64, 512)
+    cost = CostModel((100.0, 600.0), (0.0, 0.0), rows_of(budgets), long_slope=(0.0, 0.0), long_fixed=(beside,) * 2)
+    planner = Planner(RULE, budgets, cost)
+    for items in ([Grid(1, 2, 2)], [Grid(1, 16, 16)] * 2):
+        assert bound_of(planner, [*map(planner.known, items)]) <= planner.predicted(planner.plan(items))
+
+
+def bound_of(planner: Planner, known: list[KnownGrid]) -> float:
+    return planner._prices.bound(np.array([own.size for own in known]), np.array([float(own.load) for own in known]))
+
+
 def ladder(*tokens: int) -> tuple:
     return make_budgets(RULE, EncoderConfig(budgets=tokens))
 
@@ -230,7 +231,7 @@ def test_eager_beyond_the_measured_curve_goes_on_at_its_last_rate() -> None:
     assert CostModel((1.0,), (0.0,), (64,)).eager(10, 0.0) == float("inf")
 
 
-def test_plans_are_remembered_until_costs_change() -> None:
+def test_plans_follow_the_costs() -> None:
     budgets = ladder(64, 80)
     planner = Planner(RULE, budgets)
     assert planner.plan([Grid(1, 8, 8)])[0].budget == 0

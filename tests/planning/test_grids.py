@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import struct
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vitgraph.core import Grid, Grids, KnownGrid, Pack, Piece
+from vitgraph.core import Grid, Grids, KnownGrid, Pack, Piece, Stretches
 
 rows = st.integers(0, 1 << 40)
 grids_of_some_size = st.lists(st.tuples(rows, rows, rows), min_size=1, max_size=200)
@@ -50,9 +52,40 @@ def test_the_tokens_of_pieces_follow_each_other() -> None:
     assert alone.spans == ((plain[1], 0, 6),)
 
 
-def test_a_pack_that_nobody_located_says_so() -> None:
+def test_a_pack_that_no_planner_made_does_not_know_its_batch() -> None:
     pack = Pack((Piece(0, Grid(1, 2, 4)), Piece(2, Grid(1, 2, 4))), {"patch": 16}, 0)
-    with pytest.raises(LookupError, match="located"):
+    with pytest.raises(LookupError, match="does not know its batch"):
         _ = pack.stretches
-    pack.locate([0, 8, 20])
-    assert pack.stretches == ((0, 8), (20, 8))
+
+
+def test_some_of_a_batch_make_their_pieces_when_they_are_asked_for() -> None:
+    plain = [Grid(1, 2, 4), Grid(1, 2, 6), Grid(1, 2, 2)]
+    stretches = Stretches.of([(0, 8), (20, 4)])
+    grids = Grids([KnownGrid(plain[at], {}) for at in (0, 2)], None)
+    pack = Pack.of_some([0, 2], None, stretches, grids, {}, 0, "")
+    assert pack.stretches is stretches
+    assert "pieces" not in vars(pack)
+    assert pack.pieces == (Piece(0, plain[0]), Piece(2, plain[2]))
+    parts = [Piece(0, Grid(1, 2, 4)), Piece(0, Grid(1, 2, 4), 1), Piece(1, Grid(1, 2, 2))]
+    grids = Grids([KnownGrid(parts[at].grid, {}) for at in (1, 2)], None)
+    pack = Pack.of_some([1, 2], parts, stretches, grids, {}, 0, "")
+    assert pack.pieces == (parts[1], parts[2])
+
+
+def test_stretches_are_what_their_table_says() -> None:
+    plain = ((30, 9), (0, 1), (2, 1))
+    stretches = Stretches.of(plain)
+    assert stretches.table == struct.pack("=6i", 9, 30, 10, 0, 11, 2)
+    assert tuple(stretches) == plain == stretches[:]
+    assert (stretches[1], stretches[-1]) == ((0, 1), (2, 1))
+    assert (len(stretches), stretches.rows) == (3, 11)
+    assert "(30, 9)" in repr(stretches)
+    with pytest.raises(IndexError):
+        stretches[3]
+
+
+def test_items_that_follow_each_other_are_one_stretch() -> None:
+    starts = [0, 8, 20, 24, 32]
+    assert tuple(Stretches.of_items([0, 2, 3], starts)) == ((0, 8), (20, 12))
+    assert tuple(Stretches.of_items([1, 2], starts)) == ((8, 16),)
+    assert tuple(Stretches.of_items([3], starts)) == ((24, 8),)

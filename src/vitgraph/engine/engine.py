@@ -21,7 +21,7 @@ from vitgraph.engine.graph import CapturedGraph
 from vitgraph.engine.ladder import Ladder, Progress
 from vitgraph.engine.measure import measure_costs
 from vitgraph.engine.order import RunOrder
-from vitgraph.engine.prepared import PreparedBatch, PreparedBatches
+from vitgraph.engine.prepared import PreparedBatch, PreparedBatches, PreparedReplay
 from vitgraph.engine.results import Outputs, Ran, embeddings, outputs_of
 from vitgraph.engine.runner import Mode, PackRunner
 from vitgraph.engine.staging import Staging
@@ -67,7 +67,7 @@ class Engine:
         # What torch.compile made is not looked into.
         self._gemms = make_gemms(device, dtype) if config.graph and not config.compile else None
         self.ladder = Ladder(self.spec, self._forward_static, device, dtype, config, attention, self._gemms)
-        self.planner = Planner(self.spec, self.budgets)
+        self.planner = Planner(self.spec, self.budgets, compiled=device.type == "cuda")
         self.staging = Staging(tower, device, config.metadata_cache)
         self._counters = Counters(config.graph and config.strict)
         self._order = RunOrder(device)
@@ -202,6 +202,7 @@ class Engine:
                 metadata_hits=staging.grids.hits,
                 metadata_misses=staging.grids.misses,
                 host_metadata=staging.written_on_host,
+                python_searches=self.planner.searched_in_python,
                 captured_graphs=len(ladder.graphs) + len(ladder.long),
                 graph_bytes=ladder.graph_bytes,
                 static_bytes=ladder.static_bytes,
@@ -260,26 +261,27 @@ class Engine:
             if mode == "auto" and not self.ladder.complete and not self.config.lazy:
                 self.capture()
             mode = mode if self.config.graph else "eager"
-            packs = self.planner.plan(grids, split=mode != "eager", eager=mode == "auto" and not self.config.strict)
-            if mode == "auto" and isinstance(rows, Tensor) and (batch := self._prepare(packs, grids, rows)):
-                ran = self._replay(batch, rows)
-                self._prepared.keep(tuple(grids) if key is None else key, batch)
-                return ran
-            self._counters.plan(packs, len(grids))
             # The static rows must not come to need gradients; nothing else on the way to a replay could record any.
             if not isinstance(rows, Tensor):
                 rows = [own.detach() for own in rows]
             elif rows.requires_grad:
                 rows = rows.detach()
-            return [(pack, self._runner.run(pack, rows, mode)) for pack in packs]
-
-    def _prepare(self, packs: Sequence[Pack], grids: Sequence[Grid], rows: Tensor) -> PreparedBatch | None:
-        """The batch with all that its replays need; None where a pack runs eager, its graph is missing, or the rows
-        need gradients."""
-        if rows.requires_grad:
-            return None
-        replays = [own for pack in packs if (own := self._runner.prepare(pack)) is not None]
-        return PreparedBatch(grids, rows.shape, replays, self.planner.cost) if len(replays) == len(packs) else None
+            as_one = rows if mode == "auto" and isinstance(rows, Tensor) else None
+            ran: list[Ran] = []
+            replays: list[PreparedReplay] = []
+            # Each pack is launched before the next one is made.
+            for pack in self.planner.packs(grids, mode != "eager", mode == "auto" and not self.config.strict):
+                replay = None if as_one is None else self._runner.prepare(pack)
+                if replay is None:
+                    ran.append((pack, self._runner.run(pack, rows, mode)))
+                else:
+                    replays.append(replay)
+                    ran.append((pack, self._runner.replay(replay, rows)))
+            self._counters.plan([pack for pack, _ in ran], len(grids))
+            if as_one is not None and len(replays) == len(ran):
+                batch = PreparedBatch(grids, as_one.shape, replays, self.planner.cost)
+                self._prepared.keep(tuple(grids) if key is None else key, batch)
+            return ran
 
     def _replay(self, batch: PreparedBatch, rows: Tensor) -> list[Ran]:
         ran = [(replay.pack, self._runner.replay(replay, rows)) for replay in batch.replays]

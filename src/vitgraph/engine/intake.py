@@ -16,7 +16,7 @@ from torch import Tensor
 from vitgraph.core import Counts, Stretches
 from vitgraph.engine.buffers import Arena, MetadataLayout, StaticBuffers
 from vitgraph.engine.compose import Composer
-from vitgraph.engine.mailbox import NOTHING, Mailbox, stretch_table
+from vitgraph.engine.mailbox import NOTHING, Mailbox
 from vitgraph.models.contract import TowerSpec
 
 logger = logging.getLogger("vitgraph")
@@ -95,7 +95,7 @@ class Intake:
             return None if address % VECTOR_BYTES else (code, address, count * width, b"")
         if address % VECTOR_BYTES or width % VECTOR:
             return None
-        return code, address, sum([count for _, count in stretches]) * width, stretch_table(stretches)
+        return code, address, stretches.rows * width, stretches.table
 
 
 def _check(device: torch.device) -> None:

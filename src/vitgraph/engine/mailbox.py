@@ -10,13 +10,9 @@ import struct
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from functools import lru_cache
-from itertools import accumulate, chain
 from typing import NamedTuple
 
 import torch
-
-from vitgraph.core import Stretches
 
 ENTRIES = 256
 WORD = 4
@@ -41,7 +37,7 @@ class Request(NamedTuple):
         dtype: code of the pixel rows' dtype, see `intake`; 0: the static pixel rows stay as they are.
         address: of the pixel rows on the device, which lie one after another.
         elements: of all pixel rows.
-        stretches: where they do not lie one after another: see `stretch_table`.
+        stretches: where they do not lie one after another: `table` of their `Stretches`.
     """
 
     places: bytes = b""
@@ -53,18 +49,6 @@ class Request(NamedTuple):
 
 NOTHING = Request()
 """The forward alone, on what lies in the static buffers."""
-
-
-@lru_cache(maxsize=1024)
-def stretch_table(stretches: Stretches) -> bytes:
-    """Per stretch two int32, as requests hold them: the pack's row that follows it, and its first row in the batch.
-
-    Args:
-        stretches: of a pack.
-    """
-    ends = accumulate(rows for _, rows in stretches)
-    words = chain(*zip(ends, (first for first, _ in stretches), strict=True))
-    return struct.pack(f"={2 * len(stretches)}i", *words)
 
 
 class Mailbox:

@@ -31,6 +31,8 @@ class Stats:
         metadata_hits, metadata_misses: lookups of the per-grid metadata cache.
         host_metadata: packs whose metadata the host wrote, not their graph: all without a graph or without Triton, and
             those whose parts find no room on the device.
+        python_searches: searches for several packs that ran in Python: all without a GPU, and those where `search.c`
+            cannot be built.
         captured_graphs: graphs held.
         graph_bytes: device memory of the graphs' shared pool.
         static_bytes: device memory of the static buffers.
@@ -51,6 +53,7 @@ class Stats:
     metadata_hits: int = 0
     metadata_misses: int = 0
     host_metadata: int = 0
+    python_searches: int = 0
     captured_graphs: int = 0
     graph_bytes: int = 0
     static_bytes: int = 0

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from itertools import accumulate
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 from vitgraph.core import MOST_PATCHES, Counts, Grid, Grids, KnownGrid, Pack, Piece, exceeded, fits
 from vitgraph.errors import PatchError
 from vitgraph.planning.budgets import Budget
+from vitgraph.planning.compiled_search import compiled_search
 from vitgraph.planning.cost import CostModel, load_of
-from vitgraph.planning.search import Prices, Size, cheapest_groups
+from vitgraph.planning.search import Found, Prices, Size, search
 
 EAGER_IS_FASTER = "eager is predicted to be faster"
 EAGER_MARGIN = 0.97
 """Eager must take less than this share of the replay: it keeps the host busy and needs memory of its own."""
 
-MOST_SIZES, MOST_PLANS, MOST_PLANNED_ITEMS = 65536, 1024, 128
+MOST_SIZES = 65536
 
 
 class CountRule(Protocol):
@@ -45,34 +44,40 @@ class Planner:
         rule: item sizes.
         budgets: ascending; the last one holds whatever any of them holds. May be empty: everything runs eager.
         cost: predicted times; default: a guess from the budgets' sizes.
+        compiled: whether the search runs compiled, where a C compiler is found.
+
+    Attributes:
+        searched_in_python: how often it did not.
     """
 
-    def __init__(self, rule: CountRule, budgets: Sequence[Budget], cost: CostModel | None = None) -> None:
-        self._rule, self._budgets = rule, budgets
+    def __init__(
+        self, rule: CountRule, budgets: Sequence[Budget], cost: CostModel | None = None, compiled: bool = False
+    ) -> None:
+        self._rule, self._budgets, self._compiled = rule, budgets, compiled
+        self.searched_in_python = 0
         self._kinds = tuple(budgets[-1].capacity) if budgets else ()
         self._columns = [[budget.capacity[kind] for budget in budgets] for kind in self._kinds]
         self._rows = self._kinds.index("patch") if budgets else 0
         at = self._kinds.index
         self._sets = [(at(rows), at(segments)) for rows, segments in rule.segment_sets] if budgets else []
         self._known: dict[Grid, KnownGrid] = {}
-        self._plans: OrderedDict[tuple[Grids, bool, bool], tuple[Pack, ...]] = OrderedDict()
         self.cost = cost or CostModel.guess(budgets)
 
     @property
     def cost(self) -> CostModel:
-        """What plans are chosen by; setting it forgets earlier plans."""
+        """What plans are chosen by."""
         return self._cost
 
     @cost.setter
     def cost(self, cost: CostModel) -> None:
         self._cost = cost
         self._prices = Prices(cost, self._columns, self._rows, self._sets)
+        self._compiled_search = compiled_search(self._prices) if self._compiled and self._budgets else None
         sets = len(self._rule.load_sets)
         most = [sets * float(rows) ** 2 for rows in cost.rows]
         self._settled = [cost.is_settled(budget, load, EAGER_MARGIN) for budget, load in enumerate(most)]
         # One entry more than there are budgets: what fits none needs several packs.
         self._splits = [*map(cost.splitting_helps, range(len(most))), True]
-        self._plans.clear()
 
     def plan(self, grids: Sequence[Grid], split: bool = True, eager: bool = True) -> list[Pack]:
         """The packs of these items.
@@ -90,26 +95,16 @@ class Planner:
         Returns:
             Packs in the order in which their first item came; pieces of a pack in the caller's order.
         """
+        return list(self.packs(grids, split, eager))
+
+    def packs(self, grids: Sequence[Grid], split: bool = True, eager: bool = True) -> Iterator[Pack]:
+        """As `plan`, one after another: each is made when it is asked for, and the one before may run meanwhile."""
         grids = self.batch(grids)
         together = self.one_pack(grids, eager)
         if together is not None:
-            return [together]
-        if not grids.known:
-            return []
-        key = (grids, split, eager)
-        packs = self._plans.get(key)
-        if packs is None:
-            packs = tuple(self._several(grids, split, eager))
-            starts = [0, *accumulate(grid.patches for grid in grids)]
-            for pack in packs:
-                pack.locate(starts)
-            if len(grids) <= MOST_PLANNED_ITEMS:
-                self._plans[key] = packs
-                if len(self._plans) > MOST_PLANS:
-                    self._plans.popitem(last=False)
-        else:
-            self._plans.move_to_end(key)
-        return list(packs)
+            yield together
+        elif grids.known:
+            yield from self._several(grids, split, eager)
 
     def one_pack(self, grids: Grids, eager: bool = True) -> Pack | None:
         """As `plan`, where all items run in one pack; None where several may cost less, or the largest budget does not
@@ -166,21 +161,35 @@ class Planner:
             return self._cost.eager(pack.counts["patch"], load, long)
         return self._cost.replay(pack.budget, load, long)
 
-    def _several(self, grids: Grids, split: bool, eager: bool) -> list[Pack]:
+    def _several(self, grids: Grids, split: bool, eager: bool) -> Iterator[Pack]:
         """Packs of items that need not, or cannot, run in one."""
-        pieces, known = list(map(Piece, range(len(grids)), grids)), grids.known
-        if not self._budgets:
-            return [Pack((piece,), own.counts, None, "no budgets") for piece, own in zip(pieces, known, strict=True)]
-        if split and self._rule.splits_by_frame and not all(own.fits for own in known):
-            pieces = [part for piece in pieces for part in self._cut(piece)]
+        known, pieces = grids.known, None
+        found = self._search(known) if self._budgets else None
+        if found is None and split and self._rule.splits_by_frame:
+            pieces = [part for piece in map(Piece, range(len(grids)), grids) for part in self._cut(piece)]
             known = [self.known(piece.grid) for piece in pieces]
-        packs = [self._too_large(piece, own) for piece, own in zip(pieces, known, strict=True) if not own.fits]
-        order = [at for at, own in enumerate(known) if own.fits]
-        order.sort(key=lambda at: -known[at].size[self._rows])
-        for group in cheapest_groups(self._prices, [known[at].size for at in order], [known[at].load for at in order]):
-            chosen = sorted(order[i] for i in group)
-            packs.append(self._pack([pieces[at] for at in chosen], [known[at] for at in chosen], eager))
-        return sorted(packs, key=lambda pack: pack.pieces[0])
+        groups, stretches = found or self._some_alone(known)
+        for group, where_rows_lie in zip(groups, stretches, strict=True):
+            together = Grids([known[at] for at in group], self)
+            first = together.known[0]
+            where = self._placed(together, self._smallest(together.size), eager) if first.fits else self._nowhere(first)
+            yield Pack.of_some(group, pieces, where_rows_lie, together, *where)
+
+    def _search(self, known: Sequence[KnownGrid]) -> Found | None:
+        """See `search.search`."""
+        if self._compiled_search is not None:
+            return self._compiled_search(known)
+        found = search(self._prices, known)
+        self.searched_in_python += found is not None
+        return found
+
+    def _some_alone(self, known: Sequence[KnownGrid]) -> Found:
+        """As `_search`, where what no budget holds is alone."""
+        fitting = [at for at, own in enumerate(known) if own.fits]
+        groups = [[at] for at, own in enumerate(known) if not own.fits]
+        if fitting and (found := self._search([known[at] for at in fitting])):
+            groups += [[fitting[i] for i in group] for group in found.groups]
+        return Found.of(sorted(groups), [own.grid.patches for own in known])
 
     def _smallest(self, size: Size) -> int:
         """Index of the smallest budget that holds this many rows; budgets grow in every kind."""
@@ -191,10 +200,6 @@ class Planner:
                 if found == budgets:
                     break
         return found
-
-    def _pack(self, pieces: Sequence[Piece], known: list[KnownGrid], eager: bool) -> Pack:
-        grids = Grids(known, self)
-        return Pack.of_pieces(tuple(pieces), grids, *self._placed(grids, self._smallest(grids.size), eager))
 
     def _placed(self, grids: Grids, smallest: int, eager: bool) -> tuple[Counts, int | None, str]:
         """Where a pack runs: its counts, its budget, and the reason why it runs in none.
@@ -213,9 +218,11 @@ class Planner:
             return counts, None, EAGER_IS_FASTER
         return counts, index, ""
 
-    def _too_large(self, piece: Piece, own: KnownGrid) -> Pack:
-        reason = f"larger than the largest budget in {exceeded(own.counts, self._budgets[-1].capacity)}"
-        return Pack((piece,), own.counts, None, reason)
+    def _nowhere(self, own: KnownGrid) -> tuple[Counts, None, str]:
+        """As `_placed`, for an item that no budget holds."""
+        if not self._budgets:
+            return own.counts, None, "no budgets"
+        return own.counts, None, f"larger than the largest budget in {exceeded(own.counts, self._budgets[-1].capacity)}"
 
     def _cut(self, piece: Piece) -> list[Piece]:
         """The item whole if it fits or not even one frame does, else in runs of as many frames as the largest budget

@@ -1,14 +1,19 @@
-"""The search for the cheapest way to run items in several packs."""
+"""The search for the cheapest way to run items in several packs.
+
+search.c is the same search, line by line, for where a millisecond counts.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import reduce
 from itertools import accumulate, chain
 from struct import Struct
+from typing import NamedTuple
 
 import numpy as np
 
+from vitgraph.core import KnownGrid, Stretches
 from vitgraph.planning.cost import CostModel, are_long
 
 Size = tuple[int, ...]
@@ -29,40 +34,84 @@ class Prices:
         columns: per kind the capacity of every budget, ascending.
         rows: index of the kind that counts patch rows.
         sets: per segment set the indexes of the kinds that count its rows and its segments.
+
+    Attributes:
+        columns, rows, sets: see above.
+        largest: what the largest budget holds of each kind.
+        smallest: per kind, for every number of rows the smallest budget that holds it; the last entry is for more than
+            any.
+        cheapest: for every smallest budget the one that its packs run in.
+        fixed, slope, long_slope, long_fixed: as `CostModel`, one entry more than there are budgets: what fits none
+            costs infinity.
+        least_per_row, least_slope: no pack takes less per patch row, and less per unit of load.
     """
 
     def __init__(
         self, cost: CostModel, columns: Sequence[Sequence[int]], rows: int, sets: Sequence[tuple[int, int]]
     ) -> None:
-        # Per kind, for every number of rows the smallest budget that holds it; the last entry is for more than any.
         numbers = [np.arange(column[-1] + 2) for column in columns]
-        self._smallest = [np.searchsorted(column, rows) for column, rows in zip(columns, numbers, strict=True)]
-        self._rows, self._sets = rows, sets
+        self.smallest = [np.searchsorted(column, rows) for column, rows in zip(columns, numbers, strict=True)]
+        self.columns, self.rows, self.sets = columns, rows, sets
         self.largest = tuple(column[-1] for column in columns)
-        # One entry more than there are budgets: what fits none costs infinity.
-        self._fixed = np.append(np.asarray(cost.fixed, dtype=float), np.inf)
-        self._slope = np.append(np.asarray(cost.slope, dtype=float), 0.0)
-        self._long_slope = np.append(np.asarray(cost.long_slope or cost.slope, dtype=float), 0.0)
-        self._long_fixed = np.append(np.asarray(cost.long_fixed or [0.0] * len(cost.fixed), dtype=float), 0.0)
+        self.fixed = np.append(np.asarray(cost.fixed, dtype=float), np.inf)
+        self.slope = np.append(np.asarray(cost.slope, dtype=float), 0.0)
+        self.long_slope = np.append(np.asarray(cost.long_slope or cost.slope, dtype=float), 0.0)
+        self.long_fixed = np.append(np.asarray(cost.long_fixed or [0.0] * len(cost.fixed), dtype=float), 0.0)
         cheapest = [cost.cheapest(index, 0.0)[0] for index in range(len(cost.fixed))]
-        self._cheapest = np.append(np.asarray(cheapest, dtype=int), len(cost.fixed))
-        per_row = self._fixed[:-1] / np.maximum(np.asarray(cost.rows), 1) if cost.rows else np.zeros(0)
-        self._least_per_row = float(per_row.min(initial=np.inf))
-        self._least_slope = float(np.minimum(self._slope, self._long_slope)[:-1].min(initial=np.inf))
+        self.cheapest = np.append(np.asarray(cheapest, dtype=int), len(cost.fixed))
+        least = self.fixed + np.minimum(self.long_fixed, 0.0)
+        per_row = least[:-1] / np.maximum(np.asarray(cost.rows), 1) if cost.rows else np.zeros(0)
+        # A pack of few rows in a budget of negative cost would cost less than any rate says.
+        self.least_per_row = float(per_row.min(initial=np.inf)) if (least >= 0).all() else -np.inf
+        self.least_slope = float(np.minimum(self.slope, self.long_slope)[:-1].min(initial=np.inf))
 
     def of(self, sizes: np.ndarray, loads: np.ndarray) -> np.ndarray:
         """Times of packs of these sizes `[..., kinds]` and loads `[...]`."""
-        found = [smallest.take(sizes[..., k], mode="clip") for k, smallest in enumerate(self._smallest)]
-        index = self._cheapest[reduce(np.maximum, found)]
-        long = are_long(*((sizes[..., rows], sizes[..., segments]) for rows, segments in self._sets))
-        attention = np.where(
-            long, self._long_slope[index] * loads + self._long_fixed[index], self._slope[index] * loads
-        )
-        return self._fixed[index] + attention
+        found = [smallest.take(sizes[..., k], mode="clip") for k, smallest in enumerate(self.smallest)]
+        index = self.cheapest[reduce(np.maximum, found)]
+        long = are_long(*((sizes[..., rows], sizes[..., segments]) for rows, segments in self.sets))
+        attention = np.where(long, self.long_slope[index] * loads + self.long_fixed[index], self.slope[index] * loads)
+        return self.fixed[index] + attention
 
     def bound(self, sizes: np.ndarray, loads: np.ndarray) -> float:
         """No packing of these items can cost less."""
-        return float(sizes[:, self._rows].sum() * self._least_per_row + loads.sum() * self._least_slope)
+        return float(sizes[:, self.rows].sum() * self.least_per_row + loads.sum() * self.least_slope)
+
+
+class Found(NamedTuple):
+    """What a search finds.
+
+    Attributes:
+        groups: in the order in which their first items came, each ascending.
+        stretches: where the pixel rows of each lie among those of all items.
+    """
+
+    groups: list[Group]
+    stretches: list[Stretches]
+
+    @classmethod
+    def of(cls, groups: list[Group], rows: Iterable[int]) -> Found:
+        """Groups of items of so many patch rows."""
+        starts = [0, *accumulate(rows)]
+        return cls(groups, [Stretches.of_items(group, starts) for group in groups])
+
+
+def search(prices: Prices, known: Sequence[KnownGrid]) -> Found | None:
+    """Groups of items with the least predicted time among those of `cheapest_groups`.
+
+    Args:
+        prices: of packs.
+        known: at least one item.
+
+    Returns:
+        None where an item exceeds the largest budget.
+    """
+    if not all(own.fits for own in known):
+        return None
+    order = sorted(range(len(known)), key=lambda at: -known[at].size[prices.rows])
+    found = cheapest_groups(prices, [known[at].size for at in order], [known[at].load for at in order])
+    groups = sorted(sorted(order[i] for i in group) for group in found)
+    return Found.of(groups, [own.size[prices.rows] for own in known])
 
 
 def cheapest_groups(prices: Prices, sizes: Sequence[Size], loads: Sequence[float]) -> list[Group]:
@@ -78,16 +127,14 @@ def cheapest_groups(prices: Prices, sizes: Sequence[Size], loads: Sequence[float
         return []
     table, load = np.asarray(sizes, dtype=np.int64), np.asarray(loads, dtype=float)
 
-    def price(groups: list[Group]) -> np.ndarray:
+    def priced(groups: list[Group]) -> tuple[float, list[Group]]:
         items, starts = list(chain(*groups)), list(accumulate(map(len, groups[:-1]), initial=0))
-        return prices.of(np.add.reduceat(table[items], starts), np.add.reduceat(load[items], starts))
+        times = prices.of(np.add.reduceat(table[items], starts), np.add.reduceat(load[items], starts))
+        return float(times.cumsum()[-1]), groups  # one after another: `sum` may add them in pairs
 
-    tight, ascending = best_fit(sizes, prices.largest), greedy(sizes, prices.largest)
-    every = price(tight + ascending)
-    found = [(float(every[: len(tight)].sum()), tight), (float(every[len(tight) :].sum()), ascending)]
+    found = [priced(best_fit(sizes, prices.largest)), priced(greedy(sizes, prices.largest))]
     if len(sizes) <= MOST_EXHAUSTIVE and min(cost for cost, _ in found) > NEAR_ENOUGH * prices.bound(table, load):
-        runs = best_runs(prices, table, load)
-        found.append((float(price(runs).sum()), runs))
+        found.append(priced(best_runs(prices, table, load)))
     return min(found, key=lambda one: one[0])[1]
 
 

@@ -1,0 +1,199 @@
+"""The search in C: built once per machine by its C compiler, as Triton's launchers are, and kept on disk."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from vitgraph.core import KnownGrid, Stretches
+from vitgraph.measured import cache_folder
+from vitgraph.planning.cost import LONG_ROWS
+from vitgraph.planning.search import MOST_EXHAUSTIVE, NEAR_ENOUGH, Found, Prices
+
+logger = logging.getLogger("vitgraph")
+
+SOURCE = Path(__file__).with_name("search.c")
+COMPILERS = ("cc", "gcc", "clang")
+FLAGS = ("-O2", "-shared", "-fPIC", "-ffp-contract=off")
+"""The last one: products and sums are rounded one by one, as numpy's are, and equal costs stay equal."""
+
+MOST_KINDS, GUARD, NEAR_SHIFT = 8, np.uint32(1 << 31), 6
+"""KINDS, GUARD and NEAR_SHIFT of search.c."""
+
+STRETCH_BYTES = 8
+MOST_SECONDS = 60
+
+
+class Tables(ctypes.Structure):
+    """As search.c. Arrays are addresses."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("kinds", "rows", "sets", "budgets", "most_exhaustive")),
+        ("long_rows", ctypes.c_int64),
+        *((name, ctypes.c_double) for name in ("near_enough", "least_per_row", "least_slope")),
+        *((name, ctypes.c_void_p) for name in ("near", "capacity", "cheapest", "set_rows", "set_segments")),
+        *((name, ctypes.c_void_p) for name in ("fixed", "slope", "beside")),
+    )
+
+
+class CompiledSearch:
+    """As `search.search`, in microseconds.
+
+    Args:
+        library: see `load_library`.
+        prices: of packs, for at most MOST_KINDS kinds.
+    """
+
+    def __init__(self, library: ctypes.PyDLL, prices: Prices) -> None:
+        self._function = library.cheapest_groups
+        columns = np.asarray(prices.columns)
+        kinds, budgets = columns.shape
+        self._tables = Tables(
+            kinds=kinds, rows=prices.rows, sets=len(prices.sets), budgets=budgets, most_exhaustive=MOST_EXHAUSTIVE,
+            long_rows=LONG_ROWS, near_enough=NEAR_ENOUGH,
+            least_per_row=prices.least_per_row, least_slope=prices.least_slope,
+        )  # fmt: skip
+        set_rows, set_segments = np.asarray(prices.sets, dtype=np.int32).reshape(-1, 2).T.copy()
+        arrays = {
+            "near": prices.smallest[prices.rows][:: 1 << NEAR_SHIFT].astype(np.int32),
+            "capacity": np.pad(columns, ((0, MOST_KINDS - kinds), (0, 0))).T.astype(np.uint32, order="C") | GUARD,
+            "cheapest": prices.cheapest.astype(np.int32),
+            "set_rows": set_rows,
+            "set_segments": set_segments,
+            "fixed": prices.fixed,
+            "slope": np.stack((prices.slope[:-1], prices.long_slope[:-1])),
+            "beside": np.stack((np.zeros(budgets), prices.long_fixed[:-1])),
+        }
+        for name, array in arrays.items():
+            setattr(self._tables, name, array.ctypes.data)
+        self._arrays = arrays  # the tables hold addresses alone
+        self._reference = ctypes.byref(self._tables)
+        self._make_room(MOST_EXHAUSTIVE)
+
+    def _make_room(self, items: int) -> None:
+        self._order, self._ends, self._stretch_ends = ((ctypes.c_int32 * items)() for _ in range(3))
+        self._table = (ctypes.c_int32 * (2 * items))()
+        self._table_bytes = memoryview(self._table).cast("B")
+
+    def __call__(self, known: Sequence[KnownGrid]) -> Found | None:
+        """See `search.search`.
+
+        Raises:
+            MemoryError: for millions of items.
+        """
+        count = len(known)
+        if count > len(self._order):
+            self._make_room(count)
+        rows = b"".join([own.row for own in known])
+        groups = self._function(self._reference, rows, count, self._order, self._ends, self._table, self._stretch_ends)
+        if groups <= 0:
+            if groups < 0:
+                raise MemoryError(f"no memory to pack {count} items in.")
+            return None
+        order = self._order[:count]
+        return Found(
+            [order[begin:end] for begin, end in _parts(self._ends[:groups])],
+            [
+                Stretches(bytes(self._table_bytes[begin * STRETCH_BYTES : end * STRETCH_BYTES]))
+                for begin, end in _parts(self._stretch_ends[:groups])
+            ],
+        )
+
+
+def _parts(ends: list[int]) -> Iterable[tuple[int, int]]:
+    """Begin and end of each part, one after another."""
+    return zip([0, *ends], ends, strict=False)
+
+
+def compiled_search(prices: Prices) -> CompiledSearch | None:
+    """The search for these prices; None, with a warning, where it cannot be built, or there are too many kinds."""
+    kinds = len(prices.columns)
+    if kinds > MOST_KINDS:
+        logger.warning("packing is searched in Python: %d kinds of rows, search.c knows %d", kinds, MOST_KINDS)
+        return None
+    library = load_library()
+    return None if library is None else CompiledSearch(library, prices)
+
+
+@lru_cache(maxsize=1)
+def load_library() -> ctypes.PyDLL | None:
+    """What search.c becomes, from disk or built now; None, with a warning, where neither works."""
+    try:
+        kept = cache_folder() / f"search-{_key()}.so"
+        with suppress(OSError):  # it is not there, or of no use
+            return _load(kept)
+        return _build(kept)
+    except (OSError, subprocess.SubprocessError) as error:
+        logger.warning(
+            "packing is searched in Python, up to a millisecond per call of several packs: search.c cannot be "
+            "compiled or loaded (%s). Install a C compiler, or name one in CC.",
+            error,
+        )
+        return None
+
+
+def _key() -> str:
+    """Of the source, how it is compiled, and for which machines."""
+    text = " ".join((*FLAGS, platform.system(), platform.machine()))
+    return hashlib.sha256(SOURCE.read_bytes() + text.encode()).hexdigest()[:16]
+
+
+def _build(kept: Path) -> ctypes.PyDLL:
+    """
+    Raises:
+        OSError: no compiler, or it fails.
+        subprocess.SubprocessError: it takes too long.
+    """
+    with _folder_beside(kept) as folder:
+        built = Path(folder) / kept.name
+        command = [*_compiler(), *FLAGS, "-o", str(built), str(SOURCE)]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=MOST_SECONDS)
+        if result.returncode:
+            raise OSError(f"{' '.join(command)}: {result.stderr.strip()[-400:]}")
+        library = _load(built)
+        with suppress(OSError):  # it lies in the other folder
+            os.replace(built, kept)  # other processes see nothing or all of it
+        return library
+
+
+def _compiler() -> list[str]:
+    """The command, with the options that CC may give."""
+    named = shlex.split(os.environ.get("CC", ""))
+    if named:
+        return named
+    found = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if found is None:
+        raise FileNotFoundError(f"no {', '.join(COMPILERS)} in PATH")
+    return [found]
+
+
+def _folder_beside(kept: Path) -> TemporaryDirectory[str]:
+    """On the same disk if that can be written; else what is built is not kept."""
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        return TemporaryDirectory(prefix="search-", dir=kept.parent)
+    except OSError as error:
+        logger.warning("%s cannot be written: %s; search.c is compiled again next time", kept.parent, error)
+        return TemporaryDirectory(prefix="vitgraph-")
+
+
+def _load(path: Path) -> ctypes.PyDLL:
+    # PyDLL keeps the interpreter's lock: to get it back from a busy thread could take longer than the search.
+    library = ctypes.PyDLL(str(path))
+    function = library.cheapest_groups
+    function.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32, *(ctypes.c_void_p,) * 4)
+    function.restype = ctypes.c_int32
+    return library

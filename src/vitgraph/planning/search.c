@@ -1,0 +1,311 @@
+/* The search of search.py, compiled: the same groups, in microseconds. compiled_search.py builds and calls it. */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Kinds of rows that a size may have; of those that a tower does not have it has 0 rows. */
+#define KINDS 8
+#define WORDS (KINDS / 2)
+
+/* The highest bit of the rows of each kind: set in a capacity, all outlast the subtraction of a size that it holds, and
+ * of no other one. Rows are below 2^30. */
+#define GUARD 0x80000000u
+#define GUARDS 0x8000000080000000u
+
+/* Budgets are about so far apart: from `near`, few steps remain, and the table stays in the cache. */
+#define NEAR_SHIFT 6
+
+typedef union {
+    uint32_t rows[KINDS];
+    uint64_t words[WORDS];
+} Size;
+
+/* An item, or the sum of several. */
+typedef struct {
+    Size size;
+    double load;
+} Sum;
+
+/* As compiled_search.Tables. One entry per budget where nothing else is said. */
+typedef struct {
+    int32_t kinds, rows, sets, budgets, most_exhaustive;
+    int64_t long_rows;
+    double near_enough, least_per_row, least_slope;
+    const int32_t *near;                    /* the smallest for 0 patch rows, for 1 << NEAR_SHIFT, for twice as many, ... */
+    const Size *capacity;                   /* ascending, with guards */
+    const int32_t *cheapest;                /* where what it is the smallest for runs */
+    const int32_t *set_rows, *set_segments; /* [sets] */
+    const double *fixed;
+    const double *slope, *beside; /* [2, budgets], the second of them for packs of one or of long segments */
+} Tables;
+
+typedef struct {
+    int32_t rows, place;
+} Key;
+
+static inline void add(Sum *sum, const Sum *item) {
+    for (int w = 0; w < WORDS; w++) sum->size.words[w] += item->size.words[w];
+    sum->load += item->load;
+}
+
+static inline Size difference(const Size *size, const Size *part) {
+    Size left;
+    for (int w = 0; w < WORDS; w++) left.words[w] = size->words[w] - part->words[w];
+    return left;
+}
+
+static inline int holds(const Size *capacity, const Size *size) {
+    uint64_t left = GUARDS;
+    for (int w = 0; w < WORDS; w++) left &= capacity->words[w] - size->words[w];
+    return left == GUARDS;
+}
+
+static const Size *largest(const Tables *t) { return t->capacity + t->budgets - 1; }
+
+/* Of a pack that the largest budget holds. No branches but one that is hardly ever taken: the search asks this of
+ * thousands of packs, and what it decides of each could not be predicted. */
+static inline double price(const Tables *t, const Sum *pack) {
+    int32_t budget = t->near[pack->size.rows[t->rows] >> NEAR_SHIFT];
+    budget += !holds(t->capacity + budget, &pack->size);
+    while (!holds(t->capacity + budget, &pack->size)) budget++;
+    budget = t->cheapest[budget];
+    int is_long = 1;
+    for (int s = 0; s < t->sets; s++) {
+        const int64_t rows = pack->size.rows[t->set_rows[s]], segments = pack->size.rows[t->set_segments[s]];
+        is_long &= (segments == 1) | ((segments > 0) & (rows >= t->long_rows * segments));
+    }
+    const int32_t at = budget + is_long * t->budgets;
+    return t->fixed[budget] + (t->slope[at] * pack->load + t->beside[at]);
+}
+
+/* Whether less room is left here than there; the first kind decides first. */
+static int is_tighter(const Size *here, const Size *there) {
+    for (int k = 0; k < KINDS; k++)
+        if (here->rows[k] != there->rows[k]) return here->rows[k] < there->rows[k];
+    return 0;
+}
+
+/* Each of these numbers the groups from 0, writes that of every item, and returns how many there are. */
+
+static int32_t best_fit(const Tables *t, const Sum *items, int32_t count, int32_t *group, Size *room) {
+    int32_t groups = 0;
+    for (int32_t i = 0; i < count; i++) {
+        int32_t best = groups;
+        Size least = difference(largest(t), &items[i].size);
+        for (int32_t g = 0; g < groups; g++) {
+            if (!holds(&room[g], &items[i].size)) continue;
+            const Size left = difference(&room[g], &items[i].size);
+            if (best < groups && !is_tighter(&left, &least)) continue;
+            best = g;
+            least = left;
+        }
+        groups += best == groups;
+        room[best] = least;
+        group[i] = best;
+    }
+    return groups;
+}
+
+static int32_t greedy(const Tables *t, const Sum *items, int32_t count, int32_t *group) {
+    int32_t groups = 0;
+    Sum sum = {{{0}}, 0.0};
+    for (int32_t i = count - 1; i >= 0; i--) {
+        add(&sum, &items[i]);
+        if (!groups || !holds(largest(t), &sum.size)) {
+            groups++;
+            sum = items[i];
+        }
+        group[i] = groups - 1;
+    }
+    return groups;
+}
+
+/* Dynamic programming over the ends of runs. */
+static int32_t best_runs(
+    const Tables *t, const Sum *items, int32_t count, int32_t *group, double *least, double *costs, int32_t *begin
+) {
+    int32_t lowest = 0; /* that a run may begin with: the largest budget holds no longer one */
+    Size all = {{0}};
+    least[0] = 0.0;
+    for (int32_t end = 1; end <= count; end++) {
+        for (int w = 0; w < WORDS; w++) all.words[w] += items[end - 1].size.words[w];
+        while (!holds(largest(t), &all)) all = difference(&all, &items[lowest++].size);
+        Sum run = {{{0}}, 0.0};
+        double best = INFINITY;
+        for (int32_t first = end - 1; first >= lowest; first--) {
+            add(&run, &items[first]);
+            costs[first] = least[first] + price(t, &run);
+            best = costs[first] < best ? costs[first] : best;
+        }
+        least[end] = best;
+        begin[end] = lowest; /* of equal ones the longest run */
+        while (costs[begin[end]] > best) begin[end]++;
+    }
+    int32_t groups = 0;
+    for (int32_t end = count; end > 0; end = begin[end], groups++)
+        for (int32_t i = begin[end]; i < end; i++) group[i] = groups;
+    return groups;
+}
+
+static double total(
+    const Tables *t, const Sum *items, int32_t count, const int32_t *group, int32_t groups, Sum *sums
+) {
+    memset(sums, 0, sizeof(Sum) * groups);
+    for (int32_t i = 0; i < count; i++) add(&sums[group[i]], &items[i]);
+    double cost = 0.0;
+    for (int32_t g = 0; g < groups; g++) cost += price(t, &sums[g]);
+    return cost;
+}
+
+static double bound(const Tables *t, const Sum *items, int32_t count) {
+    double rows = 0.0, load = 0.0;
+    for (int32_t i = 0; i < count; i++) {
+        rows += items[i].size.rows[t->rows];
+        load += items[i].load;
+    }
+    return rows * t->least_per_row + load * t->least_slope;
+}
+
+static int by_rows_then_place(const void *a, const void *b) {
+    const Key *x = a, *y = b;
+    if (x->rows != y->rows) return x->rows > y->rows ? -1 : 1;
+    return x->place < y->place ? -1 : 1;
+}
+
+/* Of equal costs the one that was found first is kept. */
+static void keep_cheaper(double cost, const int32_t *group, int32_t count, double *least, int32_t *best) {
+    if (cost >= *least) return;
+    *least = cost;
+    memcpy(best, group, sizeof(int32_t) * count);
+}
+
+/*
+ * Reads items, and sorts them: the largest first, of equal ones the first.
+ *
+ * rows: per item its size, int64 per kind, and its load, a double.
+ * starts: receives the first patch row of every item among those of all, and the end of the last.
+ *
+ * Returns 0 where an item exceeds the largest budget.
+ */
+static int read(const Tables *t, const char *rows, int32_t count, Key *keys, Sum *items, int32_t *starts) {
+    const size_t width = sizeof(int64_t) * t->kinds + sizeof(double);
+    int64_t number;
+    starts[0] = 0;
+    for (int32_t i = 0; i < count; i++) {
+        memcpy(&number, rows + i * width + sizeof(int64_t) * t->rows, sizeof number);
+        if (number > (int64_t)(largest(t)->rows[t->rows] ^ GUARD)) return 0;
+        keys[i].rows = (int32_t)number;
+        keys[i].place = i;
+        starts[i + 1] = starts[i] + keys[i].rows;
+    }
+    qsort(keys, count, sizeof(Key), by_rows_then_place);
+    memset(items, 0, sizeof(Sum) * count);
+    for (int32_t i = 0; i < count; i++) {
+        const char *row = rows + keys[i].place * width;
+        for (int k = 0; k < t->kinds; k++) {
+            memcpy(&number, row + sizeof(int64_t) * k, sizeof number);
+            if (number >= GUARD) return 0;
+            items[i].size.rows[k] = (uint32_t)number;
+        }
+        if (!holds(largest(t), &items[i].size)) return 0;
+        memcpy(&items[i].load, row + sizeof(int64_t) * t->kinds, sizeof(double));
+    }
+    return 1;
+}
+
+/*
+ * Groups of items, ordered as their first items come.
+ *
+ * group: per sorted item a number below count.
+ * order: receives the items of the first group, ascending, then those of the second, ...; [count].
+ * ends: receives where each group ends there; [count].
+ * scratch: [3, count].
+ *
+ * Returns how many groups there are.
+ */
+static int32_t arrange(
+    const int32_t *group, const Key *keys, int32_t count, int32_t *order, int32_t *ends, int32_t *scratch
+) {
+    int32_t *of_item = scratch, *number = scratch + count, *next = scratch + 2 * count, groups = 0, end = 0;
+    for (int32_t i = 0; i < count; i++) {
+        of_item[keys[i].place] = group[i];
+        number[i] = -1;
+        ends[i] = 0;
+    }
+    for (int32_t i = 0; i < count; i++) {
+        if (number[of_item[i]] < 0) number[of_item[i]] = groups++;
+        ends[number[of_item[i]]]++;
+    }
+    for (int32_t g = 0; g < groups; g++) {
+        next[g] = end;
+        ends[g] = end += ends[g];
+    }
+    for (int32_t i = 0; i < count; i++) order[next[number[of_item[i]]]++] = i;
+    return groups;
+}
+
+/*
+ * Where the pixel rows of groups lie, as core.Stretches says it.
+ *
+ * starts: see `read`.
+ * order, ends: see `arrange`.
+ * table: receives the stretches of all groups; [count, 2].
+ * stretch_ends: receives where those of each group end there.
+ */
+static void locate(
+    const int32_t *starts, const int32_t *order, const int32_t *ends, int32_t groups, int32_t *table,
+    int32_t *stretch_ends
+) {
+    int32_t stretches = 0;
+    for (int32_t g = 0, i = 0; g < groups; g++) {
+        int32_t row = 0, end = -1; /* of the group, of the batch */
+        for (; i < ends[g]; i++) {
+            const int32_t first = starts[order[i]];
+            if (first != end) table[2 * stretches++ + 1] = first;
+            end = starts[order[i] + 1];
+            row += end - first;
+            table[2 * stretches - 2] = row;
+        }
+        stretch_ends[g] = stretches;
+    }
+}
+
+/*
+ * The cheapest groups of items.
+ *
+ * rows: see `read`.
+ * order, ends: see `arrange`.
+ * table, stretch_ends: see `locate`.
+ *
+ * Returns how many groups there are, 0 where an item exceeds the largest budget, -1 where memory is short.
+ */
+int32_t cheapest_groups(
+    const Tables *t, const char *rows, int32_t count, int32_t *order, int32_t *ends, int32_t *table,
+    int32_t *stretch_ends
+) {
+    const size_t n = (size_t)count + 1;
+    char *memory = malloc(n * (2 * sizeof(Sum) + sizeof(Key) + 2 * sizeof(double) + 6 * sizeof(int32_t)));
+    if (memory == NULL) return -1;
+    Sum *items = (Sum *)memory, *sums = items + n;
+    double *least = (double *)(sums + n), *costs = least + n;
+    Key *keys = (Key *)(costs + n);
+    int32_t *starts = (int32_t *)(keys + n), *group = starts + n, *best = group + n, *scratch = best + n;
+
+    int32_t found = 0;
+    if (read(t, rows, count, keys, items, starts)) {
+        found = best_fit(t, items, count, best, (Size *)sums);
+        double cost = total(t, items, count, best, found, sums);
+        found = greedy(t, items, count, group);
+        keep_cheaper(total(t, items, count, group, found, sums), group, count, &cost, best);
+        if (count <= t->most_exhaustive && cost > t->near_enough * bound(t, items, count)) {
+            found = best_runs(t, items, count, group, least, costs, scratch);
+            keep_cheaper(total(t, items, count, group, found, sums), group, count, &cost, best);
+        }
+        found = arrange(best, keys, count, order, ends, scratch);
+        locate(starts, order, ends, found, table, stretch_ends);
+    }
+    free(memory);
+    return found;
+}

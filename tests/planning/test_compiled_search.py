@@ -1,0 +1,235 @@
+"""The compiled search finds what the search in Python finds, and where it cannot be built, that one runs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from packing_rule import RULE, Rule, grids, models
+from vitgraph.attention.sdpa import SdpaAttention
+from vitgraph.config import EncoderConfig
+from vitgraph.core import Grid, Grids, Stretches
+from vitgraph.models.registry import Family, families
+from vitgraph.planning import compiled_search
+from vitgraph.planning.budgets import make_budgets
+from vitgraph.planning.compiled_search import COMPILERS, MOST_KINDS, CompiledSearch, load_library
+from vitgraph.planning.cost import LONG_ROWS, CostModel
+from vitgraph.planning.packing import Planner
+from vitgraph.planning.search import MOST_EXHAUSTIVE, Found, Prices, search
+
+pytestmark = pytest.mark.skipif(
+    not (os.environ.get("CC") or any(map(shutil.which, COMPILERS))), reason="needs a C compiler"
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VITGRAPH_CACHE", str(tmp_path_factory.mktemp("cache")))
+        load_library.cache_clear()
+        yield
+    load_library.cache_clear()
+
+
+@pytest.fixture
+def anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """An empty cache, and nothing loaded."""
+    monkeypatch.setenv("VITGRAPH_CACHE", str(tmp_path))
+    load_library.cache_clear()
+    yield tmp_path
+    load_library.cache_clear()
+
+
+def prices_of(budgets: tuple, cost: CostModel) -> Prices:
+    kinds = list(budgets[-1].capacity)
+    columns = [[budget.capacity[kind] for budget in budgets] for kind in kinds]
+    return Prices(cost, columns, kinds.index("patch"), [(kinds.index("patch"), kinds.index("segment"))])
+
+
+def same(got: Found | None, want: Found | None) -> bool:
+    if got is None or want is None:
+        return got is want
+    tables = [[stretches.table for stretches in found.stretches] for found in (got, want)]
+    return got.groups == want.groups and tables[0] == tables[1]
+
+
+few = st.sampled_from([Grid(1, 2, 2), Grid(1, 8, 8), Grid(1, 8, 8), Grid(2, 6, 8), Grid(1, 20, 24)])
+"""Many of one size: equal costs, of which both must choose the same."""
+
+
+@given(models(), st.lists(st.one_of(grids, few), min_size=1, max_size=40))
+@settings(max_examples=300)
+def test_it_finds_the_groups_that_python_finds(model, items) -> None:
+    budgets, cost = model
+    planner, prices = Planner(RULE, budgets, cost), prices_of(budgets, cost)
+    both = CompiledSearch(load_library(), prices), partial(search, prices)
+    known = [planner.known(grid) for grid in items]
+    fitting = [own for own in known if own.fits]
+    for some in filter(None, (known, fitting)):
+        got, want = (find(some) for find in both)
+        assert same(got, want)
+        assert (got is None) == (len(some) > len(fitting))
+
+
+@pytest.mark.parametrize("grid", [Grid(1, 1 << 20, 1 << 12), Grid(1, 1 << 20, 1 << 20), Grid(1 << 9, 2, 2)])
+def test_what_exceeds_every_budget_is_told(grid: Grid) -> None:
+    budgets = make_budgets(RULE, EncoderConfig(max_frames=64, max_items=64))
+    planner = Planner(RULE, budgets)
+    prices = prices_of(budgets, planner.cost)
+    known = [planner.known(one) for one in (Grid(1, 8, 8), grid)]
+    assert CompiledSearch(load_library(), prices)(known) is None is search(prices, known)
+    assert same(CompiledSearch(load_library(), prices)(known[:1]), Found([[0]], [Stretches.of([(0, 64)])]))
+
+
+@given(models(), st.lists(few, min_size=1, max_size=12), st.sampled_from([1.0, 0.5, 0.0]))
+def test_of_equal_costs_it_takes_the_same(model, items, share) -> None:
+    budgets, cost = model
+    cost = replace(cost, fixed=tuple(float(round(one * share)) for one in cost.fixed), slope=(0.0,) * len(cost.rows))
+    planner, prices = Planner(RULE, budgets, cost), prices_of(budgets, cost)
+    known = [own for own in map(planner.known, items) if own.fits]
+    if known:
+        assert same(CompiledSearch(load_library(), prices)(known), search(prices, known))
+
+
+def test_long_segments_are_told_apart_at_the_same_length() -> None:
+    budgets = make_budgets(RULE, EncoderConfig(budgets=(1024, 4096)))
+    rows = tuple(budget.capacity["patch"] for budget in budgets)
+    # Whoever takes a pack of exactly the least length for long, or not, finds another plan.
+    for long_slope in (1e-6, 1e-2):
+        cost = CostModel((4000.0, 14000.0), (1e-3,) * 2, rows, long_slope=(long_slope,) * 2)
+        planner, prices = Planner(RULE, budgets, cost), prices_of(budgets, cost)
+        for items in (
+            [LONG_ROWS] * 4,
+            [LONG_ROWS, LONG_ROWS + 8, LONG_ROWS - 8],
+            [LONG_ROWS, 64, 64],
+            [4096, 2048, 64],
+        ):
+            known = [planner.known(Grid(1, 2, n // 2)) for n in items]
+            assert same(CompiledSearch(load_library(), prices)(known), search(prices, known))
+
+
+@pytest.mark.parametrize("items", [MOST_EXHAUSTIVE, MOST_EXHAUSTIVE + 1, 3000])
+def test_many_items(items: int) -> None:
+    budgets = make_budgets(RULE, EncoderConfig())
+    rows = tuple(budget.capacity["patch"] for budget in budgets)
+    # Each budget a little dearer per row than the one below.
+    prices = prices_of(budgets, CostModel(tuple(n**1.05 + 900.0 for n in rows), (1e-5,) * len(rows), rows))
+    planner = Planner(RULE, budgets)
+    known = [planner.known(Grid(1, 2 + 2 * (i * 7 % 13), 2 + 2 * (i * 5 % 11))) for i in range(items)]
+    compiled = CompiledSearch(load_library(), prices)
+    assert same(compiled(known), search(prices, known))
+    assert sorted(item for group in compiled(known).groups for item in group) == list(range(items))
+    assert same(compiled(known[:5]), search(prices, known[:5])), "after many"
+
+
+@given(st.lists(grids, max_size=30), st.lists(st.integers(1, 800), min_size=1, max_size=8), st.booleans())
+def test_plans_are_the_same(items, ladder, splits) -> None:
+    rule = Rule(splits)
+    budgets = make_budgets(rule, EncoderConfig(budgets=tuple(ladder)))
+    compiled, plain = (Planner(rule, budgets, compiled=compiled) for compiled in (True, False))
+    assert compiled.plan(items) == plain.plan(items)
+    for pack, other in zip(compiled.plan(items), plain.plan(items), strict=True):
+        assert pack.stretches.table == other.stretches.table
+    assert compiled.searched_in_python == 0
+
+
+def test_searches_in_python_are_counted() -> None:
+    budgets = make_budgets(RULE, EncoderConfig(budgets=(64,)))
+    planner = Planner(RULE, budgets)
+    planner.plan([Grid(1, 16, 16)])
+    assert planner.searched_in_python == 0, "one pack needs no search"
+    for times in (1, 2):
+        assert len(planner.plan([Grid(1, 16, 16)] * 2)) == 2
+        assert planner.searched_in_python == times
+
+
+@pytest.mark.parametrize("family", families(), ids=lambda family: family.name)
+def test_no_family_has_too_many_kinds_of_rows(family: Family) -> None:
+    with torch.device("meta"):
+        spec = family.build(family.parse_config(family.tiny()[0]), SdpaAttention()).spec
+    assert len(make_budgets(spec, EncoderConfig())[-1].capacity) <= MOST_KINDS
+
+
+def test_too_many_kinds_are_searched_in_python(caplog: pytest.LogCaptureFixture) -> None:
+    columns = [[4, 8]] * (MOST_KINDS + 1)
+    prices = Prices(CostModel((1.0, 2.0), (0.0, 0.0), (4, 8)), columns, 0, [])
+    assert compiled_search.compiled_search(prices) is None
+    assert "9 kinds of rows" in caplog.text
+
+
+def test_it_is_built_once_and_kept(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_library() is not None
+    (kept,) = anew.iterdir()
+    written = kept.stat().st_mtime_ns
+    monkeypatch.setenv("CC", "no-such-compiler")
+    load_library.cache_clear()
+    assert load_library() is not None, "the kept one needs no compiler"
+    assert [(path, path.stat().st_mtime_ns) for path in anew.iterdir()] == [(kept, written)]
+
+
+def test_what_cannot_be_loaded_is_built_anew(anew: Path) -> None:
+    kept = anew / f"search-{compiled_search._key()}.so"
+    kept.write_bytes(b"half of a")
+    assert load_library() is not None
+    assert kept.read_bytes().startswith(b"\x7fELF") or kept.stat().st_size > 1000
+
+
+@pytest.mark.parametrize("command", ["no-such-compiler", "false", "cc -no-such-option"])
+def test_without_a_compiler_python_searches(
+    anew: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, command: str
+) -> None:
+    monkeypatch.setenv("CC", command)
+    budgets = make_budgets(RULE, EncoderConfig(budgets=(64,)))
+    items = [Grid(1, 16, 16), Grid(1, 4, 4), Grid(1, 8, 16)]
+    for _ in range(2):
+        planner = Planner(RULE, budgets, compiled=True)
+        assert planner.plan(items) == Planner(RULE, budgets).plan(items)
+        assert planner.searched_in_python == 1
+    (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert "Install a C compiler" in warning.getMessage()
+    assert not list(anew.iterdir()), "nothing is left behind"
+
+
+def test_no_compiler_at_all(anew: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", "")
+    assert load_library() is None
+    assert "no cc, gcc, clang in PATH" in caplog.text
+
+
+def test_a_cache_that_cannot_be_written_is_no_obstacle(
+    anew: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (anew / "file").write_text("")
+    monkeypatch.setenv("VITGRAPH_CACHE", str(anew / "file" / "folder"))
+    assert load_library() is not None
+    assert "compiled again next time" in caplog.text
+
+
+def test_a_pack_is_made_when_it_is_asked_for() -> None:
+    budgets = make_budgets(RULE, EncoderConfig(budgets=(64,)))
+    planner = Planner(RULE, budgets, compiled=True)
+    made: list[Grids] = []
+    place = planner._placed
+
+    def placed(grids: Grids, smallest: int, eager: bool):
+        made.append(grids)
+        return place(grids, smallest, eager)
+
+    planner._placed = placed  # type: ignore[method-assign]
+    packs = planner.packs([Grid(1, 16, 16)] * 3)
+    assert not made
+    for number in (1, 2, 3):
+        next(packs)
+        assert len(made) == number
+    assert next(packs, None) is None
