@@ -134,11 +134,8 @@ def test_algorithms_are_chosen_before_the_capture_that_needs_them(monkeypatch, l
     assert ladder.capture_seconds > 0
 
 
-@pytest.mark.parametrize("long", [False, True])
-def test_kernels_are_compiled_by_the_smallest_budget_of_each_and_once(monkeypatch, long: bool) -> None:
-    """In both of its forms, where the attention tells them apart."""
-    blocks, inside, ran, forms = {64: 1, 128: 1, 256: 2, 512: 2}, [], [], []
-    each = 2 if long else 1
+def test_kernels_are_compiled_by_the_smallest_budget_of_each_and_once(monkeypatch) -> None:
+    blocks, inside, ran = {64: 1, 128: 1, 256: 2, 512: 2}, [], []
 
     @contextmanager
     def compiling(device: torch.device) -> Iterator[None]:
@@ -155,22 +152,19 @@ def test_kernels_are_compiled_by_the_smallest_budget_of_each_and_once(monkeypatc
         def forward(buffers):
             assert inside and inside[-1] is not None
             ran.append(len(buffers.pixel_values))
-            forms.append(buffers.segments["cu_seqlens"].long)
             return ()
 
-        attention = WithLong() if long else Tiled()
-        ladder = Ladder(engine.spec, forward, engine.device, engine.dtype, config, attention)
+        ladder = Ladder(engine.spec, forward, engine.device, engine.dtype, config, Tiled())
         static = [ladder.static(index) for index in range(4)]
         ladder._device = torch.device("cuda", 0)
         told: list[str] = []
         ladder._settled.clear()
         ladder.settle(1)
-        assert ran == [128] * each, "one budget is asked for, whose kernel is compiled"
+        assert ran == [128], "one budget is asked for, whose kernel is compiled"
         ladder._settle([3, 2, 1, 0], lambda done, total, text: told.append(text))
-        assert ran == [128] * each + [256] * each, "the other kernel is compiled by the smallest budget that runs it"
+        assert ran == [128, 256], "the other kernel is compiled by the smallest budget that runs it"
         ladder._settle([3, 2, 1, 0], lambda done, total, text: told.append(text))
-    assert len(ran) == 2 * each and told == ["compiling kernels"]
-    assert forms == ([False, True] if long else [False]) * 2
+    assert len(ran) == 2 and told == ["compiling kernels"]
     assert inside == [torch.device("cuda", 0), None] * 2 and len(static) == 4
 
 
@@ -179,10 +173,3 @@ class Tiled(SdpaAttention):
 
     def block(self, rows: int, longest: int) -> int:
         return 16
-
-
-class WithLong(Tiled):
-    """Has another kernel for packs of long segments, so far for none."""
-
-    def long(self, rows: int) -> bool:
-        return False

@@ -10,7 +10,7 @@ import torch
 from attention_cases import check, interpreted_loops, make_qkv, make_segments
 from vitgraph.attention import auto
 from vitgraph.attention.auto import AutoAttention
-from vitgraph.attention.base import kernel_of
+from vitgraph.attention.base import ANY, LONG, kernel_of
 from vitgraph.attention.kernel_configs import (
     CANDIDATES,
     CLASSES,
@@ -93,7 +93,7 @@ def test_trial_packs_fill_their_buffers() -> None:
         lengths = usual_lengths(rows)
         assert sum(lengths) == rows and min(lengths) > 0
         segments = segments_of(lengths, 64, CPU)
-        assert segments.max_seqlen == max(lengths) and segments.long == (len(lengths) == 1)
+        assert segments.max_seqlen == max(lengths) and segments.form == (LONG if len(lengths) == 1 else ANY)
     assert usual_lengths(256) == [256]
     assert nearest_class(5000, CLASSES) == 4096
     assert [nearest_class(rows, auto.CLASSES) for rows in (100, 2304, 2700, 3000, 50000)] == [

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from attention_cases import make_segments
 from vitgraph.attention.auto import AutoAttention
-from vitgraph.attention.base import Segments
+from vitgraph.attention.base import ANY, LONG, Segments
 from vitgraph.attention.opaque import attend_opaquely, handle_of
 from vitgraph.attention.sdpa import SdpaAttention
 
@@ -25,13 +25,13 @@ class Choosy(SdpaAttention):
     name = "triton"
 
     def __init__(self) -> None:
-        self.seen: list[tuple[int, int, bool]] = []
+        self.seen: list[tuple[int, int, int]] = []
 
     def block(self, rows: int, longest: int) -> int:
         return 64 if rows <= 100 else 128
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
-        self.seen.append((q.shape[0], segments.block, segments.long))
+        self.seen.append((q.shape[0], segments.block, segments.form))
         return super().__call__(q, k, v, segments, scale)
 
 
@@ -43,10 +43,10 @@ def _fresh_compiler(monkeypatch):
     torch._dynamo.reset()
 
 
-def packed(lengths: list[int], long: bool = False) -> tuple[Tensor, Segments]:
+def packed(lengths: list[int], form: int = ANY) -> tuple[Tensor, Segments]:
     rows = sum(lengths) + 3
     segments = make_segments(rows, lengths, Choosy().block(rows, rows))
-    return torch.randn(rows, 3, 2, 16), replace(segments, long=long)
+    return torch.randn(rows, 3, 2, 16), replace(segments, form=form)
 
 
 def test_one_compiled_code_serves_every_size_and_equals_the_backend() -> None:
@@ -62,24 +62,25 @@ def test_one_compiled_code_serves_every_size_and_equals_the_backend() -> None:
         qkv, segments = packed(lengths)
         own.seen.clear()
         got = compiled(qkv, segments)
-        assert own.seen[-1] == (qkv.shape[0], segments.block, False)
+        assert own.seen[-1] == (qkv.shape[0], segments.block, ANY)
         torch.testing.assert_close(got, block(qkv, segments))
     assert counter.frame_count == 1
 
 
-def test_packs_of_long_segments_reach_the_backend_as_such() -> None:
+def test_one_code_tells_the_backend_of_packs_of_long_segments() -> None:
     own = Choosy()
     counter = CompileCounterWithBackend("aot_eager")
     handle = handle_of(own)
 
     def block(qkv: Tensor, segments: Segments) -> Tensor:
-        return attend_opaquely(handle, *qkv.unbind(1), segments, 0.25, segments.long)
+        return attend_opaquely(handle, *qkv.unbind(1), segments, 0.25, segments.form)
 
     compiled = torch.compile(block, backend=counter, dynamic=True, fullgraph=True)
-    for long in (False, True):
-        qkv, segments = packed([90], long)
+    for form in (ANY, LONG, ANY):
+        qkv, segments = packed([90], form)
         compiled(qkv, segments)
-        assert own.seen[-1] == (93, 64, long)
+        assert own.seen[-1] == (93, 64, form)
+    assert counter.frame_count == 1
 
 
 def test_our_kernel_has_one_code_for_packs_of_long_segments_too() -> None:
@@ -92,8 +93,8 @@ def test_our_kernel_has_one_code_for_packs_of_long_segments_too() -> None:
         return attend_opaquely(handle, *qkv.unbind(1), segments, 0.25)
 
     compiled = torch.compile(block, backend=counter, dynamic=True, fullgraph=True)
-    for long in (False, True):
-        compiled(*packed([90], long))
+    for form in (ANY, LONG):
+        compiled(*packed([90], form))
     assert counter.frame_count == 1
 
 

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vitgraph.attention.base import Segments, VarlenAttention, kernel_of, tune, warm_up
+from vitgraph.attention.base import LONG, Segments, VarlenAttention, kernel_of, tune, warm_up
 from vitgraph.attention.choices import choice_key, measure_once
 from vitgraph.attention.opaque import attend_opaquely, handle_of
 from vitgraph.attention.trial import Time, device_time, loaded_time, nearest_class, segments_of
@@ -36,7 +36,7 @@ class OptionalBackend(VarlenAttention, Protocol):
 
 
 class AutoAttention:
-    """Our kernel, and others for packs of one segment, or of long ones: `Segments.long`.
+    """Our kernel, and others for packs of one segment, or of long ones: `Segments.form`.
 
     The first call outside a capture that runs its kernels measures, once per GPU, versions, heads, head dim and dtype;
     the result is kept on disk. Segment lengths that were not measured take the choice of the nearest one.
@@ -82,10 +82,10 @@ class AutoAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
         if torch.compiler.is_compiling():
-            return attend_opaquely(self._handle, q, k, v, segments, scale, segments.long)
+            return attend_opaquely(self._handle, q, k, v, segments, scale, segments.form)
         if not self._chosen and not torch.cuda.is_current_stream_capturing() and not only_compiles():
             self._choose(q.shape[1], q.shape[2])
-        backend = self._choice(q.shape[0]) if segments.long else self.own
+        backend = self._choice(q.shape[0]) if segments.form == LONG else self.own
         return backend(q, k, v, segments, scale)
 
     def describe(self) -> str:

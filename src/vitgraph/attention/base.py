@@ -10,6 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+ANY, LONG = 2, 3
+"""Forms of a pack: segments of any lengths; one segment, or only long ones. torch.compile makes one code for these two
+numbers; for True and False, or 0 and 1, it would make two."""
+
 
 @dataclass(frozen=True)
 class Segments:
@@ -22,7 +26,7 @@ class Segments:
             graph must not depend on them.
         tiles: `[tiles, 4]` int32 tile schedule on the device, for backends that ask for one.
         block: query rows of one tile of that schedule.
-        long: whether there is never more than one segment, or only long ones.
+        form: ANY or LONG.
     """
 
     cu_seqlens: Tensor
@@ -30,7 +34,7 @@ class Segments:
     lengths: tuple[int, ...] | None = None
     tiles: Tensor | None = None
     block: int = 0
-    long: bool = False
+    form: int = ANY
 
 
 class VarlenAttention(Protocol):
@@ -69,11 +73,6 @@ def kernel_of(attention: VarlenAttention, rows: int, longest: int) -> Hashable:
     name = getattr(attention, "kernel", attention.block)
     found: Hashable = name(rows, longest)
     return found
-
-
-def looks_at_long(attention: VarlenAttention) -> bool:
-    """Whether `Segments.long` may change what a backend runs."""
-    return hasattr(attention, "long")
 
 
 def has_own_graph(attention: VarlenAttention, rows: int) -> bool:

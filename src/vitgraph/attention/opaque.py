@@ -8,7 +8,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from vitgraph.attention.base import Segments, VarlenAttention
+from vitgraph.attention.base import ANY, Segments, VarlenAttention
 
 _handles = count(2)  # torch.compile makes code of its own for the integers 0 and 1
 _backends: WeakValueDictionary[int, VarlenAttention] = WeakValueDictionary()
@@ -22,7 +22,7 @@ def handle_of(backend: VarlenAttention) -> int:
 
 
 def attend_opaquely(
-    handle: int, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, long: bool = False
+    handle: int, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, form: int = ANY
 ) -> Tensor:
     """`backend(q, k, v, segments, scale)`, which torch.compile does not look into.
 
@@ -32,10 +32,10 @@ def attend_opaquely(
     Args:
         handle: from `handle_of`.
         q, k, v, segments, scale: see `VarlenAttention`; `segments.lengths` does not pass.
-        long: `segments.long`, from a backend that asks: torch.compile makes code of its own for either value.
+        form: `segments.form`, from a backend that asks.
     """
     return _attend(
-        handle, q, k, v, segments.cu_seqlens, segments.tiles, segments.max_seqlen, segments.block, long, scale
+        handle, q, k, v, segments.cu_seqlens, segments.tiles, segments.max_seqlen, segments.block, form, scale
     )
 
 
@@ -49,10 +49,10 @@ def _attend(
     tiles: Tensor | None,
     max_seqlen: int,
     block: int,
-    long: bool,
+    form: int,
     scale: float,
 ) -> Tensor:
-    segments = Segments(cu_seqlens, max_seqlen, tiles=tiles, block=block, long=long)
+    segments = Segments(cu_seqlens, max_seqlen, tiles=tiles, block=block, form=form)
     return _backends[handle](q, k, v, segments, scale)
 
 
@@ -66,7 +66,7 @@ def _(
     tiles: Tensor | None,
     max_seqlen: int,
     block: int,
-    long: bool,
+    form: int,
     scale: float,
 ) -> Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)

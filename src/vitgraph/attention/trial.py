@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from vitgraph.attention.base import Segments, tile_bound, write_tiles
+from vitgraph.attention.base import ANY, LONG, Segments, tile_bound, write_tiles
 from vitgraph.capture import capturing
 
 RUNS, ENOUGH_US = 5, 5000.0
@@ -106,7 +106,7 @@ def segments_of(lengths: Sequence[int], block: int, device: torch.device) -> Seg
         write_tiles(ends, rows, block, schedule)
         tiles = torch.from_numpy(schedule).to(device)
     on_device = torch.from_numpy(ends).to(device)
-    return Segments(on_device, max(lengths), tiles=tiles, block=block, long=len(lengths) == 1)
+    return Segments(on_device, max(lengths), tiles=tiles, block=block, form=LONG if len(lengths) == 1 else ANY)
 
 
 def nearest_class(rows: int, classes: Sequence[int]) -> int:

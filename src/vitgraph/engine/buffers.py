@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitgraph.attention.base import Segments, VarlenAttention, tile_bound, tiles_of, write_schedule
+from vitgraph.attention.base import LONG, Segments, VarlenAttention, tile_bound, tiles_of, write_schedule
 from vitgraph.core import Counts, Pack
 from vitgraph.engine.slots import StagingSlot
 from vitgraph.models.contract import BufferSpec, TowerBuffers, TowerSpec
@@ -297,7 +297,7 @@ class StaticBuffers:
             segments[schedule.segments] = replace(plain, tiles=metadata[schedule.name], block=schedule.block)
         outputs = arena.outputs(spec, capacity)
         inputs = TowerBuffers(arena.pixels[: capacity["patch"]], metadata, segments, outputs)
-        long = replace(inputs, segments={name: replace(own, long=True) for name, own in segments.items()})
+        long = replace(inputs, segments={name: replace(own, form=LONG) for name, own in segments.items()})
         kinds = tuple(output.rows for output in spec.outputs)
         return cls(layout, arena.block[: layout.nbytes], inputs, long, outputs, kinds, arena)
 

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from vitgraph.attention.base import VarlenAttention, has_own_graph, kernel_of, looks_at_long
+from vitgraph.attention.base import VarlenAttention, has_own_graph, kernel_of
 from vitgraph.config import EncoderConfig
 from vitgraph.core import Counts
 from vitgraph.engine.buffers import Arena, MetadataLayout, StaticBuffers
@@ -200,11 +200,7 @@ class Ladder:
         self.capture_seconds += time.perf_counter() - start
 
     def _compile_kernels(self, indices: Sequence[int], progress: Progress | None) -> None:
-        """Compiles what these budgets launch, several kernels at once.
-
-        Both forms of a budget run, for with torch.compile each may be code of its own. Codes share kernels, and a new
-        one measures them again: graphs captured before would run other configurations than the forward does since.
-        """
+        """Compiles what these budgets launch, several kernels at once."""
         # The smallest budget of each attention kernel, for products of matrices do run.
         smallest = self._by_kernels(sorted(indices, reverse=True))
         missing = {kernels: index for kernels, index in smallest.items() if kernels not in self._compiled}
@@ -219,8 +215,6 @@ class Ladder:
                 if buffers.arena.intake is not None:
                     buffers.arena.intake.launch(buffers)
                 self._forward(buffers.inputs)
-                if looks_at_long(self._attention):
-                    self._forward(buffers.long)
 
     def _choose_algorithms(self, indices: Sequence[int], progress: Progress | None = None) -> None:
         """Of the products of these budgets, by those of the smallest one, whose forward runs once."""
