@@ -1,13 +1,13 @@
 """Host time of one `encode_patches` call: our own part before the graph's launch, the launch, and what follows.
 
-    python benchmarks/host_path.py [--geometry qwen3-vl-8b] [--json FILE]
+    python benchmarks/host_path.py [--geometry qwen3-vl-8b] [--several] [--json FILE]
 
 Needs a CUDA device. Medians over calls of one batch that came before, of equal images (`known`) or of many sizes
 (`mixed`), and of batches of known sizes that come for the first time (`new`), and what one call in ten takes at most.
 `before` is plan, request and, for rows on the host, their staging; `launch` the driver's graph launch; `after` the
 copies of the results and their split, while the GPU already works. Some batches take several packs; for them, `before`
-ends at the first launch, and the others follow while the GPU works. Then the launch alone, for a few budgets. Random
-weights.
+ends at the first launch, and the others follow while the GPU works; with `--several`, only they are measured. Then the
+launch alone, for a few budgets. Random weights.
 
 The GPU is `idle` (each call waits for the one before), `busy` (two calls before it are in flight) or `behind` (the host
 never waits, so calls queue up). Sizes and views of the pixels are made right before each call, as a caller's are.
@@ -37,7 +37,7 @@ from vitgraph.engine.measure import usual_items
 ITEMS = (1, 2, 4, 8, 20, 64)
 PLACES = ("device", "pinned", "pageable")
 HOST_ITEMS = 8
-SEVERAL_PACKS = ((64, 20, "known"), (32, 48, "mixed"), (32, 48, "new"), (64, 28, "new"))
+SEVERAL_PACKS = ((64, 20, "known"), (32, 48, "mixed"), (12, 64, "new"), (32, 48, "new"), (64, 28, "new"))
 """Items, their side in patches, or the longest, and what kind of batch they are."""
 
 LAUNCHED_TOKENS = (64, 256, 1024, 4096)
@@ -51,6 +51,8 @@ IN_FLIGHT = {"idle": 0, "busy": 2, "behind": CALLS}
 
 Call = tuple[torch.Tensor, list[Grid]]
 Launches = list[tuple[float, float]]
+Kind = tuple[int, int, str, str, str]
+"""Of a line: items, their side in patches, or the longest; where the pixels lie, the kind of batch, the GPU's state."""
 
 
 class Watched:
@@ -192,8 +194,22 @@ def launch_line(encoder: VisionEncoder, tokens: int, gpu: str) -> dict[str, obje
     }  # fmt: skip
 
 
+def one_pack() -> Iterator[Kind]:
+    """Lines whose batches take one pack."""
+    sizes = [(items, side_of(items)) for items in ITEMS]
+    yield from ((*size, "device", batch, gpu) for batch in ("known", "new") for size in sizes for gpu in IN_FLIGHT)
+    # What is staged waits for its slot: two calls may be in flight, no more.
+    for place in PLACES[1:]:
+        yield from ((HOST_ITEMS, side_of(HOST_ITEMS), place, "known", gpu) for gpu in ("idle", "busy"))
+
+
+def several_packs() -> list[Kind]:
+    """Lines whose batches take several."""
+    return [(items, side, "device", batch, gpu) for items, side, batch in SEVERAL_PACKS for gpu in ("idle", "behind")]
+
+
 def main() -> None:
-    chosen = arguments(__doc__, geometry="qwen3-vl-8b")
+    chosen = arguments(__doc__, flags=["several"], geometry="qwen3-vl-8b")
     # Strict: every call replays graphs.
     with make_encoder(chosen.geometry, strict=True) as encoder:
         encoder.capture(progress=False)
@@ -202,14 +218,7 @@ def main() -> None:
         for graphs in (encoder.engine.ladder.graphs, encoder.engine.ladder.long):
             for index, graph in list(graphs.items()):
                 graphs[index] = replace(graph, graph=Watched(graph.graph, launches))  # type: ignore[arg-type]
-        sizes = [(items, side_of(items)) for items in ITEMS]
-        kinds = [(*size, "device", batch, gpu) for batch in ("known", "new") for size in sizes for gpu in IN_FLIGHT]
-        # What is staged waits for its slot: two calls may be in flight, no more.
-        staged = [(HOST_ITEMS, side_of(HOST_ITEMS), place, "known") for place in PLACES[1:]]
-        kinds += [(*one, gpu) for one in staged for gpu in ("idle", "busy")]
-        kinds += [
-            (items, side, "device", batch, gpu) for items, side, batch in SEVERAL_PACKS for gpu in ("idle", "behind")
-        ]
+        kinds = several_packs() if chosen.several else [*one_pack(), *several_packs()]
         rounds = [[one_round(encoder, launches, *kind) for kind in kinds] for _ in range(ROUNDS)]
     lines = []
     for (items, side, place, batch, gpu), *own in zip(kinds, *rounds, strict=True):

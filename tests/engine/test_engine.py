@@ -7,6 +7,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from vitgraph import EncoderConfig, VisionEncoder
 from vitgraph.errors import ConfigError, EngineReleasedError, FallbackError, PatchError
@@ -222,3 +223,24 @@ def test_cos_and_sin_are_settled_before_a_forward_runs_them_in_threads(monkeypat
     monkeypatch.setattr("vitgraph.engine.engine.settle_cos_and_sin", lambda: settled.append(True))
     make()
     assert settled
+
+
+def test_floats_of_a_tower_are_constants_of_its_compiled_code(monkeypatch) -> None:
+    inputs: list[list[object]] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object):
+        inputs.append([node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder"])
+        return graph.forward
+
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **how: compile_module(self, **how, backend=backend))
+    torch._dynamo.reset()
+    compiled, plain = make(compile=True), make()
+    x = rows_of(plain, GRIDS)
+    assert_same(compiled.encode_patches(x, GRIDS), plain.encode_patches(x, GRIDS))
+    torch._dynamo.reset()
+    (code,) = inputs
+    assert any(isinstance(value, torch.SymInt) for value in code), "of every number of rows"
+    assert not any(isinstance(value, torch.SymFloat) for value in code)
+    assert not any(isinstance(value, torch.Tensor) and value.dtype == torch.float64 for value in code)
+    assert not torch._dynamo.config.specialize_float, "other compiled functions of the process are as they were"

@@ -238,13 +238,14 @@ def test_release_frees_device_memory() -> None:
 
 COMPILE_SCRIPT = """
 import torch
-from torch._dynamo.utils import counters
+from torch._dynamo.utils import counters, get_compilation_metrics
 from vitgraph import EncoderConfig, VisionEncoder
 config = EncoderConfig(compile=True, budgets=(64, 160, 320, 640))
 with VisionEncoder.from_config("qwen3_vl", device="cuda", config=config) as encoder:
     encoder.capture(progress=False)
 kinds = "fxgraph_cache_hit", "fxgraph_cache_miss"
 print(*(counters["inductor"][kind] for kind in kinds), counters["stats"]["unique_graphs"])
+assert not any(code.restart_reasons for code in get_compilation_metrics()), "traced once"
 """
 
 

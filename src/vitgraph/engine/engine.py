@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Hashable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from threading import RLock
 
@@ -308,7 +308,7 @@ class Engine:
     @torch.no_grad()
     def _forward(self, inputs: TowerBuffers) -> Outputs:
         before = _version(inputs)
-        with without_workspace(self.device):
+        with without_workspace(self.device), self._compile_settings():
             result = self.tower(inputs)
         if before is None or before != _version(inputs):
             self.staging.metadata_is_only_read = False
@@ -320,6 +320,11 @@ class Engine:
             return self._forward(inputs)
         with self._gemms.applied():
             return self._forward(inputs)
+
+    def _compile_settings(self) -> AbstractContextManager[object]:
+        """Of torch.compile, which may compile in a forward: a module's floats are constants. As inputs of the code, as
+        `dynamic=True` has them, they would have it traced a second time."""
+        return torch._dynamo.config.patch(specialize_float=True) if self.config.compile else nullcontext()
 
     def _guard(self) -> AbstractContextManager[object]:
         """The right device, for who holds the lock; an error after `release()`."""
