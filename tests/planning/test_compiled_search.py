@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,8 +22,9 @@ from vitgraph.config import EncoderConfig
 from vitgraph.core import Grid, Grids, Stretches
 from vitgraph.models.registry import Family, families
 from vitgraph.planning import compiled_search
+from vitgraph.planning import search as search_module
 from vitgraph.planning.budgets import make_budgets
-from vitgraph.planning.compiled_search import COMPILERS, MOST_KINDS, CompiledSearch, load_library
+from vitgraph.planning.compiled_search import COMPILERS, MOST_KINDS, MOST_ROWS, CompiledSearch, load_library
 from vitgraph.planning.cost import LONG_ROWS, CostModel
 from vitgraph.planning.packing import Planner
 from vitgraph.planning.search import MOST_EXHAUSTIVE, Found, Prices, search
@@ -160,11 +162,12 @@ def test_no_family_has_too_many_kinds_of_rows(family: Family) -> None:
     assert len(make_budgets(spec, EncoderConfig())[-1].capacity) <= MOST_KINDS
 
 
-def test_too_many_kinds_are_searched_in_python(caplog: pytest.LogCaptureFixture) -> None:
-    columns = [[4, 8]] * (MOST_KINDS + 1)
-    prices = Prices(CostModel((1.0, 2.0), (0.0, 0.0), (4, 8)), columns, 0, [])
+@pytest.mark.parametrize("kinds, rows", [(MOST_KINDS + 1, 8), (2, MOST_ROWS)])
+def test_sizes_that_are_too_much_are_searched_in_python(caplog, monkeypatch, kinds: int, rows: int) -> None:
+    monkeypatch.setattr(search_module.np, "arange", lambda stop: np.zeros(1))  # no table of a billion rows
+    prices = Prices(CostModel((1.0, 2.0), (0.0, 0.0), (4, 8)), [[4, rows]] * kinds, 0, [])
     assert compiled_search.compiled_search(prices) is None
-    assert "9 kinds of rows" in caplog.text
+    assert f"up to {rows} rows of {kinds} kinds" in caplog.text
 
 
 def test_it_is_built_once_and_kept(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,9 @@ FLAGS = ("-O2", "-shared", "-fPIC", "-ffp-contract=off")
 MOST_KINDS, GUARD, NEAR_SHIFT = 8, np.uint32(1 << 31), 6
 """KINDS, GUARD and NEAR_SHIFT of search.c."""
 
+MOST_ROWS = 1 << 30
+"""Of one kind: two packs of so many stay below GUARD."""
+
 STRETCH_BYTES = 8
 MOST_SECONDS = 60
 
@@ -119,10 +122,13 @@ def _parts(ends: list[int]) -> Iterable[tuple[int, int]]:
 
 
 def compiled_search(prices: Prices) -> CompiledSearch | None:
-    """The search for these prices; None, with a warning, where it cannot be built, or there are too many kinds."""
-    kinds = len(prices.columns)
-    if kinds > MOST_KINDS:
-        logger.warning("packing is searched in Python: %d kinds of rows, search.c knows %d", kinds, MOST_KINDS)
+    """The search for these prices; None, with a warning, where it cannot be built, or sizes are too much for it."""
+    kinds, most = len(prices.largest), max(prices.largest)
+    if kinds > MOST_KINDS or most >= MOST_ROWS:
+        logger.warning(
+            "packing is searched in Python: up to %d rows of %d kinds, search.c takes less than %d of %d",
+            most, kinds, MOST_ROWS, MOST_KINDS,
+        )  # fmt: skip
         return None
     library = load_library()
     return None if library is None else CompiledSearch(library, prices)
