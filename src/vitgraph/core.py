@@ -111,7 +111,7 @@ class Stretches(Sequence[tuple[int, int]]):
     """
 
     __slots__ = ("table",)
-    _ENTRY = struct.Struct("=2i")
+    ENTRY = struct.Struct("=2i")
 
     def __init__(self, table: bytes) -> None:
         self.table = table
@@ -120,7 +120,7 @@ class Stretches(Sequence[tuple[int, int]]):
     def of(cls, stretches: Iterable[tuple[int, int]]) -> Stretches:
         """From first rows and numbers of rows."""
         ends = 0
-        return cls(b"".join([cls._ENTRY.pack(ends := ends + rows, first) for first, rows in stretches]))
+        return cls(b"".join([cls.ENTRY.pack(ends := ends + rows, first) for first, rows in stretches]))
 
     @classmethod
     def of_items(cls, chosen: Iterable[int], starts: Sequence[int]) -> Stretches:
@@ -142,10 +142,10 @@ class Stretches(Sequence[tuple[int, int]]):
     @property
     def rows(self) -> int:
         """Of all stretches."""
-        return self._ENTRY.unpack_from(self.table, len(self.table) - self._ENTRY.size)[0]
+        return self.ENTRY.unpack_from(self.table, len(self.table) - self.ENTRY.size)[0]
 
     def __len__(self) -> int:
-        return len(self.table) // self._ENTRY.size
+        return len(self.table) // self.ENTRY.size
 
     @overload
     def __getitem__(self, index: int) -> tuple[int, int]: ...
@@ -155,7 +155,7 @@ class Stretches(Sequence[tuple[int, int]]):
 
     def __getitem__(self, index: int | slice) -> tuple[int, int] | tuple[tuple[int, int], ...]:
         before, found = 0, []
-        for end, first in self._ENTRY.iter_unpack(self.table):
+        for end, first in self.ENTRY.iter_unpack(self.table):
             found.append((first, end - before))
             before = end
         return tuple(found)[index]

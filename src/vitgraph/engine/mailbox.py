@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 
+from vitgraph.core import Stretches
+
 ENTRIES = 256
 WORD = 4
 _HEAD = struct.Struct("=2i2q2i")
@@ -22,7 +24,7 @@ STRETCHES = HEAD - 2
 """Words before the places: how many of these, the code of the pixel rows' dtype, their address, how many elements, in
 word STRETCHES how many stretches, and one that is empty."""
 
-STRETCH_WORDS = 2
+STRETCH_WORDS = Stretches.ENTRY.size // WORD
 
 PAUSE_SECONDS, MOST_SECONDS = 20e-6, 10.0
 SPINS = 500

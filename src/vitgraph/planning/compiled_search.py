@@ -36,7 +36,7 @@ MOST_KINDS, GUARD, NEAR_SHIFT = 8, np.uint32(1 << 31), 6
 MOST_ROWS = 1 << 30
 """Of one kind: two packs of so many stay below GUARD."""
 
-STRETCH_BYTES = 8
+STRETCH_BYTES = Stretches.ENTRY.size
 MOST_SECONDS = 60
 
 
