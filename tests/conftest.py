@@ -17,6 +17,14 @@ if not torch.cuda.is_available():
 # Tiny towers: threads cost more than they bring, above all on a shared machine.
 torch.set_num_threads(1)
 
+MOST_WORKERS = 8
+"""Of `-n auto`: each loads torch and Transformers, and takes a gigabyte of memory."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    return min(os.cpu_count() or 1, MOST_WORKERS)
+
 
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
