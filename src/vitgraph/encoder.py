@@ -279,7 +279,7 @@ class VisionEncoder:
         known = self._known
         rows: Any = np.frombuffer(key, GRID_ROW).tolist() if isinstance(key, bytes) else key
         try:
-            found = [known[row] for row in rows]
+            found = list(map(known.__getitem__, rows))
         except (KeyError, TypeError):  # new ones, or what is no key
             found = [self._know(grid) for grid in _host_grids(grid_thw)]
             if isinstance(key, bytes):

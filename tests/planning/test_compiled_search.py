@@ -12,19 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from packing_rule import RULE, Rule, grids, models
-from vitgraph.attention.sdpa import SdpaAttention
 from vitgraph.config import EncoderConfig
-from vitgraph.core import Grid, Grids, Stretches
-from vitgraph.models.registry import Family, families
+from vitgraph.core import Grid, Grids, KnownGrid, Stretches
 from vitgraph.planning import compiled_search
 from vitgraph.planning import search as search_module
 from vitgraph.planning.budgets import make_budgets
-from vitgraph.planning.compiled_search import COMPILERS, MOST_KINDS, MOST_ROWS, CompiledSearch, load_library
+from vitgraph.planning.compiled_search import COMPILERS, FLAGS, MOST_ROWS, load_library
 from vitgraph.planning.cost import LONG_ROWS, CostModel
 from vitgraph.planning.packing import Planner
 from vitgraph.planning.search import MOST_EXHAUSTIVE, Found, Prices, search
@@ -74,7 +71,7 @@ few = st.sampled_from([Grid(1, 2, 2), Grid(1, 8, 8), Grid(1, 8, 8), Grid(2, 6, 8
 def test_it_finds_the_groups_that_python_finds(model, items) -> None:
     budgets, cost = model
     planner, prices = Planner(RULE, budgets, cost), prices_of(budgets, cost)
-    both = CompiledSearch(load_library(), prices), partial(search, prices)
+    both = compiled_search.compiled_search(prices), partial(search, prices)
     known = [planner.known(grid) for grid in items]
     fitting = [own for own in known if own.fits]
     for some in filter(None, (known, fitting)):
@@ -89,8 +86,8 @@ def test_what_exceeds_every_budget_is_told(grid: Grid) -> None:
     planner = Planner(RULE, budgets)
     prices = prices_of(budgets, planner.cost)
     known = [planner.known(one) for one in (Grid(1, 8, 8), grid)]
-    assert CompiledSearch(load_library(), prices)(known) is None is search(prices, known)
-    assert same(CompiledSearch(load_library(), prices)(known[:1]), Found([[0]], [Stretches.of([(0, 64)])]))
+    assert compiled_search.compiled_search(prices)(known) is None is search(prices, known)
+    assert same(compiled_search.compiled_search(prices)(known[:1]), Found([[0]], [Stretches.of([(0, 64)])]))
 
 
 @given(models(), st.lists(few, min_size=1, max_size=12), st.sampled_from([1.0, 0.5, 0.0]))
@@ -100,7 +97,7 @@ def test_of_equal_costs_it_takes_the_same(model, items, share) -> None:
     planner, prices = Planner(RULE, budgets, cost), prices_of(budgets, cost)
     known = [own for own in map(planner.known, items) if own.fits]
     if known:
-        assert same(CompiledSearch(load_library(), prices)(known), search(prices, known))
+        assert same(compiled_search.compiled_search(prices)(known), search(prices, known))
 
 
 def test_long_segments_are_told_apart_at_the_same_length() -> None:
@@ -117,7 +114,7 @@ def test_long_segments_are_told_apart_at_the_same_length() -> None:
             [4096, 2048, 64],
         ):
             known = [planner.known(Grid(1, 2, n // 2)) for n in items]
-            assert same(CompiledSearch(load_library(), prices)(known), search(prices, known))
+            assert same(compiled_search.compiled_search(prices)(known), search(prices, known))
 
 
 @pytest.mark.parametrize("items", [MOST_EXHAUSTIVE, MOST_EXHAUSTIVE + 1, 3000])
@@ -128,7 +125,7 @@ def test_many_items(items: int) -> None:
     prices = prices_of(budgets, CostModel(tuple(n**1.05 + 900.0 for n in rows), (1e-5,) * len(rows), rows))
     planner = Planner(RULE, budgets)
     known = [planner.known(Grid(1, 2 + 2 * (i * 7 % 13), 2 + 2 * (i * 5 % 11))) for i in range(items)]
-    compiled = CompiledSearch(load_library(), prices)
+    compiled = compiled_search.compiled_search(prices)
     assert same(compiled(known), search(prices, known))
     assert sorted(item for group in compiled(known).groups for item in group) == list(range(items))
     assert same(compiled(known[:5]), search(prices, known[:5])), "after many"
@@ -155,35 +152,37 @@ def test_searches_in_python_are_counted() -> None:
         assert planner.searched_in_python == times
 
 
-@pytest.mark.parametrize("family", families(), ids=lambda family: family.name)
-def test_no_family_has_too_many_kinds_of_rows(family: Family) -> None:
-    with torch.device("meta"):
-        spec = family.build(family.parse_config(family.tiny()[0]), SdpaAttention()).spec
-    assert len(make_budgets(spec, EncoderConfig())[-1].capacity) <= MOST_KINDS
+@pytest.mark.parametrize("kinds", [1, 2, 3, 9])
+def test_it_serves_any_number_of_kinds(kinds: int) -> None:
+    """The last kind is the one that two items have too much of."""
+    prices = Prices(CostModel((5.0, 9.0), (0.0, 0.0), (40, 80)), [[40, 80]] * (kinds - 1) + [[1, 1]], 0, [])
+    known = [KnownGrid(Grid(1, 1, 1), {}, (1,) * kinds) for _ in range(3)]
+    got = compiled_search.compiled_search(prices)(known)
+    assert same(got, search(prices, known))
+    assert got.groups == [[0], [1], [2]]
 
 
-@pytest.mark.parametrize("kinds, rows", [(MOST_KINDS + 1, 8), (2, MOST_ROWS)])
-def test_sizes_that_are_too_much_are_searched_in_python(caplog, monkeypatch, kinds: int, rows: int) -> None:
+def test_budgets_that_are_too_large_are_searched_in_python(caplog, monkeypatch) -> None:
     monkeypatch.setattr(search_module.np, "arange", lambda stop: np.zeros(1))  # no table of a billion rows
-    prices = Prices(CostModel((1.0, 2.0), (0.0, 0.0), (4, 8)), [[4, rows]] * kinds, 0, [])
+    prices = Prices(CostModel((1.0, 2.0), (0.0, 0.0), (4, 8)), [[4, MOST_ROWS]] * 2, 0, [])
     assert compiled_search.compiled_search(prices) is None
-    assert f"up to {rows} rows of {kinds} kinds" in caplog.text
+    assert f"less than {MOST_ROWS} rows, not of {MOST_ROWS}" in caplog.text
 
 
 def test_it_is_built_once_and_kept(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert load_library() is not None
+    assert load_library(4) is not None
     (kept,) = anew.iterdir()
     written = kept.stat().st_mtime_ns
     monkeypatch.setenv("CC", "no-such-compiler")
     load_library.cache_clear()
-    assert load_library() is not None, "the kept one needs no compiler"
+    assert load_library(4) is not None, "the kept one needs no compiler"
     assert [(path, path.stat().st_mtime_ns) for path in anew.iterdir()] == [(kept, written)]
 
 
 def test_what_cannot_be_loaded_is_built_anew(anew: Path) -> None:
-    kept = anew / f"search-{compiled_search._key()}.so"
+    kept = anew / f"search-{compiled_search._key((*FLAGS, '-DKINDS=4'))}.so"
     kept.write_bytes(b"half of a")
-    assert load_library() is not None
+    assert load_library(4) is not None
     assert kept.read_bytes().startswith(b"\x7fELF") or kept.stat().st_size > 1000
 
 
@@ -206,7 +205,7 @@ def test_without_a_compiler_python_searches(
 def test_no_compiler_at_all(anew: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", "")
-    assert load_library() is None
+    assert load_library(4) is None
     assert "no cc, gcc, clang in PATH" in caplog.text
 
 
@@ -215,7 +214,7 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(
 ) -> None:
     (anew / "file").write_text("")
     monkeypatch.setenv("VITGRAPH_CACHE", str(anew / "file" / "folder"))
-    assert load_library() is not None
+    assert load_library(4) is not None
     assert "compiled again next time" in caplog.text
 
 

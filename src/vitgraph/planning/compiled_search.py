@@ -12,7 +12,7 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -30,8 +30,8 @@ COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O2", "-shared", "-fPIC", "-ffp-contract=off")
 """The last one: products and sums are rounded one by one, as numpy's are, and equal costs stay equal."""
 
-MOST_KINDS, GUARD, NEAR_SHIFT = 8, np.uint32(1 << 31), 6
-"""KINDS, GUARD and NEAR_SHIFT of search.c."""
+GUARD, NEAR_SHIFT = np.uint32(1 << 31), 6
+"""As in search.c."""
 
 MOST_ROWS = 1 << 30
 """Of one kind: two packs of so many stay below GUARD."""
@@ -47,8 +47,8 @@ class Tables(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("kinds", "rows", "sets", "budgets", "most_exhaustive")),
         ("long_rows", ctypes.c_int64),
         *((name, ctypes.c_double) for name in ("near_enough", "least_per_row", "least_slope")),
-        *((name, ctypes.c_void_p) for name in ("near", "capacity", "cheapest", "set_rows", "set_segments")),
-        *((name, ctypes.c_void_p) for name in ("fixed", "slope", "beside")),
+        *((name, ctypes.c_void_p) for name in ("budget", "near", "set_rows", "set_segments")),
+        *((name, ctypes.c_void_p) for name in ("order", "ends", "table", "stretch_ends")),
     )
 
 
@@ -56,33 +56,26 @@ class CompiledSearch:
     """As `search.search`, in microseconds.
 
     Args:
-        library: see `load_library`.
-        prices: of packs, for at most MOST_KINDS kinds.
+        library: `load_library` for as many kinds.
+        prices: of packs, of less than MOST_ROWS rows of each kind.
     """
 
     def __init__(self, library: ctypes.PyDLL, prices: Prices) -> None:
         self._function = library.cheapest_groups
-        columns = np.asarray(prices.columns)
-        kinds, budgets = columns.shape
-        self._tables = Tables(
-            kinds=kinds, rows=prices.rows, sets=len(prices.sets), budgets=budgets, most_exhaustive=MOST_EXHAUSTIVE,
-            long_rows=LONG_ROWS, near_enough=NEAR_ENOUGH,
-            least_per_row=prices.least_per_row, least_slope=prices.least_slope,
-        )  # fmt: skip
-        set_rows, set_segments = np.asarray(prices.sets, dtype=np.int32).reshape(-1, 2).T.copy()
-        arrays = {
+        sets = prices.sets if prices.tells_long else ()
+        set_rows, set_segments = np.asarray(sets, dtype=np.int32).reshape(-1, 2).T.copy()
+        self._arrays = {
+            "budget": _budgets_of(prices),
             "near": prices.smallest[prices.rows][:: 1 << NEAR_SHIFT].astype(np.int32),
-            "capacity": np.pad(columns, ((0, MOST_KINDS - kinds), (0, 0))).T.astype(np.uint32, order="C") | GUARD,
-            "cheapest": prices.cheapest.astype(np.int32),
             "set_rows": set_rows,
             "set_segments": set_segments,
-            "fixed": prices.fixed,
-            "slope": np.stack((prices.slope[:-1], prices.long_slope[:-1])),
-            "beside": np.stack((np.zeros(budgets), prices.long_fixed[:-1])),
         }
-        for name, array in arrays.items():
-            setattr(self._tables, name, array.ctypes.data)
-        self._arrays = arrays  # the tables hold addresses alone
+        self._tables = Tables(
+            kinds=len(prices.columns), rows=prices.rows, sets=len(sets), budgets=len(self._arrays["budget"]),
+            most_exhaustive=MOST_EXHAUSTIVE, long_rows=LONG_ROWS, near_enough=NEAR_ENOUGH,
+            least_per_row=prices.least_per_row, least_slope=prices.least_slope,
+            **{name: array.ctypes.data for name, array in self._arrays.items()},
+        )  # fmt: skip
         self._reference = ctypes.byref(self._tables)
         self._make_room(MOST_EXHAUSTIVE)
 
@@ -90,6 +83,8 @@ class CompiledSearch:
         self._order, self._ends, self._stretch_ends = ((ctypes.c_int32 * items)() for _ in range(3))
         self._table = (ctypes.c_int32 * (2 * items))()
         self._table_bytes = memoryview(self._table).cast("B")
+        for name in ("order", "ends", "table", "stretch_ends"):
+            setattr(self._tables, name, ctypes.addressof(getattr(self, f"_{name}")))
 
     def __call__(self, known: Sequence[KnownGrid]) -> Found | None:
         """See `search.search`.
@@ -101,7 +96,7 @@ class CompiledSearch:
         if count > len(self._order):
             self._make_room(count)
         rows = b"".join([own.row for own in known])
-        groups = self._function(self._reference, rows, count, self._order, self._ends, self._table, self._stretch_ends)
+        groups = self._function(self._reference, rows, count)
         if groups <= 0:
             if groups < 0:
                 raise MemoryError(f"no memory to pack {count} items in.")
@@ -116,32 +111,52 @@ class CompiledSearch:
         )
 
 
+def _budgets_of(prices: Prices) -> np.ndarray:
+    """What packs cost, by the smallest budget that holds them: `[budgets]` of Budget of search.c."""
+    columns = np.asarray(prices.columns, dtype=np.uint32)
+    kinds, budgets = columns.shape
+    fields = [("capacity", "u4", _width(kinds)), ("fixed", "f8"), ("slope", "f8", 2), ("beside", "f8", 2)]
+    made = np.zeros(budgets, np.dtype(fields, align=True))
+    made["capacity"][:, :kinds] = columns.T
+    made["capacity"] |= GUARD
+    runs_in = prices.cheapest[:-1]
+    made["fixed"] = prices.fixed[runs_in]
+    made["slope"] = np.stack((prices.slope[runs_in], prices.long_slope[runs_in]), axis=-1)
+    made["beside"][:, 1] = prices.long_fixed[runs_in]
+    return made
+
+
+def _width(kinds: int) -> int:
+    """KINDS of search.c."""
+    return kinds + kinds % 2
+
+
 def _parts(ends: list[int]) -> Iterable[tuple[int, int]]:
     """Begin and end of each part, one after another."""
     return zip([0, *ends], ends, strict=False)
 
 
 def compiled_search(prices: Prices) -> CompiledSearch | None:
-    """The search for these prices; None, with a warning, where it cannot be built, or sizes are too much for it."""
-    kinds, most = len(prices.largest), max(prices.largest)
-    if kinds > MOST_KINDS or most >= MOST_ROWS:
+    """The search for these prices; None, with a warning, where it cannot be built, or budgets are too large for it."""
+    most = max(prices.largest)
+    if most >= MOST_ROWS:
         logger.warning(
-            "packing is searched in Python: up to %d rows of %d kinds, search.c takes less than %d of %d",
-            most, kinds, MOST_ROWS, MOST_KINDS,
-        )  # fmt: skip
+            "packing is searched in Python: search.c takes budgets of less than %d rows, not of %d", MOST_ROWS, most
+        )
         return None
-    library = load_library()
+    library = load_library(len(prices.largest))
     return None if library is None else CompiledSearch(library, prices)
 
 
-@lru_cache(maxsize=1)
-def load_library() -> ctypes.PyDLL | None:
-    """What search.c becomes, from disk or built now; None, with a warning, where neither works."""
+@cache
+def load_library(kinds: int) -> ctypes.PyDLL | None:
+    """What search.c becomes for so many kinds, from disk or built now; None, with a warning, where neither works."""
+    flags = (*FLAGS, f"-DKINDS={_width(kinds)}")
     try:
-        kept = cache_folder() / f"search-{_key()}.so"
+        kept = cache_folder() / f"search-{_key(flags)}.so"
         with suppress(OSError):  # it is not there, or of no use
             return _load(kept)
-        return _build(kept)
+        return _build(kept, flags)
     except (OSError, subprocess.SubprocessError) as error:
         logger.warning(
             "packing is searched in Python, up to a millisecond per call of several packs: search.c cannot be "
@@ -151,13 +166,13 @@ def load_library() -> ctypes.PyDLL | None:
         return None
 
 
-def _key() -> str:
+def _key(flags: Sequence[str]) -> str:
     """Of the source, how it is compiled, and for which machines."""
-    text = " ".join((*FLAGS, platform.system(), platform.machine()))
+    text = " ".join((*flags, platform.system(), platform.machine()))
     return hashlib.sha256(SOURCE.read_bytes() + text.encode()).hexdigest()[:16]
 
 
-def _build(kept: Path) -> ctypes.PyDLL:
+def _build(kept: Path, flags: Sequence[str]) -> ctypes.PyDLL:
     """
     Raises:
         OSError: no compiler, or it fails.
@@ -165,7 +180,7 @@ def _build(kept: Path) -> ctypes.PyDLL:
     """
     with _folder_beside(kept) as folder:
         built = Path(folder) / kept.name
-        command = [*_compiler(), *FLAGS, "-o", str(built), str(SOURCE)]
+        command = [*_compiler(), *flags, "-o", str(built), str(SOURCE)]
         result = subprocess.run(command, capture_output=True, text=True, timeout=MOST_SECONDS)
         if result.returncode:
             raise OSError(f"{' '.join(command)}: {result.stderr.strip()[-400:]}")
@@ -200,6 +215,6 @@ def _load(path: Path) -> ctypes.PyDLL:
     # PyDLL keeps the interpreter's lock: to get it back from a busy thread could take longer than the search.
     library = ctypes.PyDLL(str(path))
     function = library.cheapest_groups
-    function.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32, *(ctypes.c_void_p,) * 4)
+    function.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32)
     function.restype = ctypes.c_int32
     return library

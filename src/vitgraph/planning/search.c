@@ -5,8 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Kinds of rows that a size may have; of those that a tower does not have it has 0 rows. */
-#define KINDS 8
+/* KINDS of rows that a size has are given to the compiler: an even number; of the last one it may have 0 rows. */
 #define WORDS (KINDS / 2)
 
 /* The highest bit of the rows of each kind: set in a capacity, all outlast the subtraction of a size that it holds, and
@@ -28,17 +27,22 @@ typedef struct {
     double load;
 } Sum;
 
-/* As compiled_search.Tables. One entry per budget where nothing else is said. */
+/* As compiled_search fills it: what packs cost that fit no smaller one. They may run in a larger one that is faster. */
+typedef struct {
+    Size capacity; /* with guards */
+    double fixed;
+    double slope[2], beside[2]; /* the second for packs of one or of long segments */
+} Budget;
+
+/* As compiled_search.Tables. */
 typedef struct {
     int32_t kinds, rows, sets, budgets, most_exhaustive;
     int64_t long_rows;
     double near_enough, least_per_row, least_slope;
+    const Budget *budget;                   /* ascending */
     const int32_t *near;                    /* the smallest for 0 patch rows, for 1 << NEAR_SHIFT, for twice as many, ... */
-    const Size *capacity;                   /* ascending, with guards */
-    const int32_t *cheapest;                /* where what it is the smallest for runs */
     const int32_t *set_rows, *set_segments; /* [sets] */
-    const double *fixed;
-    const double *slope, *beside; /* [2, budgets], the second of them for packs of one or of long segments */
+    int32_t *order, *ends, *table, *stretch_ends; /* what is found, see `cheapest_groups` */
 } Tables;
 
 typedef struct {
@@ -62,22 +66,20 @@ static inline int holds(const Size *capacity, const Size *size) {
     return left == GUARDS;
 }
 
-static const Size *largest(const Tables *t) { return t->capacity + t->budgets - 1; }
+static const Size *largest(const Tables *t) { return &t->budget[t->budgets - 1].capacity; }
 
 /* Of a pack that the largest budget holds. No branches but one that is hardly ever taken: the search asks this of
  * thousands of packs, and what it decides of each could not be predicted. */
-static inline double price(const Tables *t, const Sum *pack) {
-    int32_t budget = t->near[pack->size.rows[t->rows] >> NEAR_SHIFT];
-    budget += !holds(t->capacity + budget, &pack->size);
-    while (!holds(t->capacity + budget, &pack->size)) budget++;
-    budget = t->cheapest[budget];
+static inline double price(const Tables *t, const Size *size, double load) {
+    const Budget *budget = t->budget + t->near[size->rows[t->rows] >> NEAR_SHIFT];
+    budget += !holds(&budget->capacity, size);
+    while (!holds(&budget->capacity, size)) budget++;
     int is_long = 1;
     for (int s = 0; s < t->sets; s++) {
-        const int64_t rows = pack->size.rows[t->set_rows[s]], segments = pack->size.rows[t->set_segments[s]];
+        const int64_t rows = size->rows[t->set_rows[s]], segments = size->rows[t->set_segments[s]];
         is_long &= (segments == 1) | ((segments > 0) & (rows >= t->long_rows * segments));
     }
-    const int32_t at = budget + is_long * t->budgets;
-    return t->fixed[budget] + (t->slope[at] * pack->load + t->beside[at]);
+    return budget->fixed + (budget->slope[is_long] * load + budget->beside[is_long]);
 }
 
 /* Whether less room is left here than there; the first kind decides first. */
@@ -122,21 +124,27 @@ static int32_t greedy(const Tables *t, const Sum *items, int32_t count, int32_t 
     return groups;
 }
 
-/* Dynamic programming over the ends of runs. */
+/* Dynamic programming over the ends of runs.
+ *
+ * before: for the sums of the items before each one, and of all; [count + 1]. What carries there from kind to kind is
+ * gone from their differences.
+ */
 static int32_t best_runs(
-    const Tables *t, const Sum *items, int32_t count, int32_t *group, double *least, double *costs, int32_t *begin
+    const Tables *t, const Sum *items, int32_t count, int32_t *group, Sum *before, double *least, double *costs,
+    int32_t *begin
 ) {
     int32_t lowest = 0; /* that a run may begin with: the largest budget holds no longer one */
-    Size all = {{0}};
+    memset(before, 0, sizeof(Sum));
     least[0] = 0.0;
     for (int32_t end = 1; end <= count; end++) {
-        for (int w = 0; w < WORDS; w++) all.words[w] += items[end - 1].size.words[w];
-        while (!holds(largest(t), &all)) all = difference(&all, &items[lowest++].size);
-        Sum run = {{{0}}, 0.0};
+        before[end] = before[end - 1];
+        add(&before[end], &items[end - 1]);
+        Size run = difference(&before[end].size, &before[lowest].size);
+        while (!holds(largest(t), &run)) run = difference(&before[end].size, &before[++lowest].size);
         double best = INFINITY;
-        for (int32_t first = end - 1; first >= lowest; first--) {
-            add(&run, &items[first]);
-            costs[first] = least[first] + price(t, &run);
+        for (int32_t first = lowest; first < end; first++) {
+            run = difference(&before[end].size, &before[first].size);
+            costs[first] = least[first] + price(t, &run, before[end].load - before[first].load);
             best = costs[first] < best ? costs[first] : best;
         }
         least[end] = best;
@@ -155,7 +163,7 @@ static double total(
     memset(sums, 0, sizeof(Sum) * groups);
     for (int32_t i = 0; i < count; i++) add(&sums[group[i]], &items[i]);
     double cost = 0.0;
-    for (int32_t g = 0; g < groups; g++) cost += price(t, &sums[g]);
+    for (int32_t g = 0; g < groups; g++) cost += price(t, &sums[g].size, sums[g].load);
     return cost;
 }
 
@@ -276,15 +284,12 @@ static void locate(
  * The cheapest groups of items.
  *
  * rows: see `read`.
- * order, ends: see `arrange`.
- * table, stretch_ends: see `locate`.
+ *
+ * Of the tables, order and ends receive what `arrange` says, table and stretch_ends what `locate` says.
  *
  * Returns how many groups there are, 0 where an item exceeds the largest budget, -1 where memory is short.
  */
-int32_t cheapest_groups(
-    const Tables *t, const char *rows, int32_t count, int32_t *order, int32_t *ends, int32_t *table,
-    int32_t *stretch_ends
-) {
+int32_t cheapest_groups(const Tables *t, const char *rows, int32_t count) {
     const size_t n = (size_t)count + 1;
     char *memory = malloc(n * (2 * sizeof(Sum) + sizeof(Key) + 2 * sizeof(double) + 6 * sizeof(int32_t)));
     if (memory == NULL) return -1;
@@ -300,11 +305,11 @@ int32_t cheapest_groups(
         found = greedy(t, items, count, group);
         keep_cheaper(total(t, items, count, group, found, sums), group, count, &cost, best);
         if (count <= t->most_exhaustive && cost > t->near_enough * bound(t, items, count)) {
-            found = best_runs(t, items, count, group, least, costs, scratch);
+            found = best_runs(t, items, count, group, sums, least, costs, scratch);
             keep_cheaper(total(t, items, count, group, found, sums), group, count, &cost, best);
         }
-        found = arrange(best, keys, count, order, ends, scratch);
-        locate(starts, order, ends, found, table, stretch_ends);
+        found = arrange(best, keys, count, t->order, t->ends, scratch);
+        locate(starts, t->order, t->ends, found, t->table, t->stretch_ends);
     }
     free(memory);
     return found;

@@ -43,6 +43,7 @@ class Prices:
         cheapest: for every smallest budget the one that its packs run in.
         fixed, slope, long_slope, long_fixed: as `CostModel`, one entry more than there are budgets: what fits none
             costs infinity.
+        tells_long: whether packs of one or of long segments cost anything else than others.
         least_per_row, least_slope: no pack takes less per patch row, and less per unit of load.
     """
 
@@ -59,6 +60,7 @@ class Prices:
         self.long_fixed = np.append(np.asarray(cost.long_fixed or [0.0] * len(cost.fixed), dtype=float), 0.0)
         cheapest = [cost.cheapest(index, 0.0)[0] for index in range(len(cost.fixed))]
         self.cheapest = np.append(np.asarray(cheapest, dtype=int), len(cost.fixed))
+        self.tells_long = bool((self.long_slope != self.slope).any() or self.long_fixed.any())
         least = self.fixed + np.minimum(self.long_fixed, 0.0)
         per_row = least[:-1] / np.maximum(np.asarray(cost.rows), 1) if cost.rows else np.zeros(0)
         # A pack of few rows in a budget of negative cost would cost less than any rate says.
