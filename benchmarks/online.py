@@ -56,8 +56,7 @@ class GreedyPlanner(Planner):
     def _search(self, known: Sequence[KnownGrid]) -> Found:
         order = sorted(range(len(known)), key=lambda at: -known[at].grid.patches)
         groups = greedy([known[at].size for at in order], self._prices.largest)
-        groups = sorted(sorted(order[i] for i in group) for group in groups)
-        return Found.of(groups, [own.grid.patches for own in known])
+        return Found.of([[order[i] for i in group] for group in groups], [own.grid.patches for own in known])
 
 
 def time_requests(run: Callable[[torch.Tensor, list[Grid]], object], width: int) -> list[float]:

@@ -189,7 +189,7 @@ class Planner:
         groups = [[at] for at, own in enumerate(known) if not own.fits]
         if fitting and (found := self._search([known[at] for at in fitting])):
             groups += [[fitting[i] for i in group] for group in found.groups]
-        return Found.of(sorted(groups), [own.grid.patches for own in known])
+        return Found.of(groups, [own.grid.patches for own in known])
 
     def _smallest(self, size: Size) -> int:
         """Index of the smallest budget that holds this many rows; budgets grow in every kind."""

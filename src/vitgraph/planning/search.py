@@ -92,10 +92,11 @@ class Found(NamedTuple):
     stretches: list[Stretches]
 
     @classmethod
-    def of(cls, groups: list[Group], rows: Iterable[int]) -> Found:
-        """Groups of items of so many patch rows."""
+    def of(cls, groups: Iterable[Iterable[int]], rows: Iterable[int]) -> Found:
+        """Groups of items of so many patch rows, in any order."""
         starts = [0, *accumulate(rows)]
-        return cls(groups, [Stretches.of_items(group, starts) for group in groups])
+        in_order = sorted(map(sorted, groups))
+        return cls(in_order, [Stretches.of_items(group, starts) for group in in_order])
 
 
 def search(prices: Prices, known: Sequence[KnownGrid]) -> Found | None:
@@ -112,8 +113,7 @@ def search(prices: Prices, known: Sequence[KnownGrid]) -> Found | None:
         return None
     order = sorted(range(len(known)), key=lambda at: -known[at].size[prices.rows])
     found = cheapest_groups(prices, [known[at].size for at in order], [known[at].load for at in order])
-    groups = sorted(sorted(order[i] for i in group) for group in found)
-    return Found.of(groups, [own.size[prices.rows] for own in known])
+    return Found.of([[order[i] for i in group] for group in found], [own.size[prices.rows] for own in known])
 
 
 def cheapest_groups(prices: Prices, sizes: Sequence[Size], loads: Sequence[float]) -> list[Group]:
