@@ -169,6 +169,12 @@ def test_budgets_that_are_too_large_are_searched_in_python(caplog, monkeypatch) 
     assert f"less than {MOST_ROWS} rows, not of {MOST_ROWS}" in caplog.text
 
 
+def test_three_and_four_kinds_share_a_library(anew: Path) -> None:
+    for kinds in (3, 4):
+        compiled_search.compiled_search(Prices(CostModel((1.0,), (0.0,), (8,)), [[8]] * kinds, 0, []))
+    assert load_library.cache_info().currsize == len(list(anew.iterdir())) == 1
+
+
 def test_it_is_built_once_and_kept(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_library(4) is not None
     (kept,) = anew.iterdir()

@@ -56,7 +56,7 @@ class CompiledSearch:
     """As `search.search`, in microseconds.
 
     Args:
-        library: `load_library` for as many kinds.
+        library: `load_library`, as wide as a size of these prices.
         prices: of packs, of less than MOST_ROWS rows of each kind.
     """
 
@@ -144,14 +144,14 @@ def compiled_search(prices: Prices) -> CompiledSearch | None:
             "packing is searched in Python: search.c takes budgets of less than %d rows, not of %d", MOST_ROWS, most
         )
         return None
-    library = load_library(len(prices.largest))
+    library = load_library(_width(len(prices.largest)))
     return None if library is None else CompiledSearch(library, prices)
 
 
 @cache
-def load_library(kinds: int) -> ctypes.PyDLL | None:
-    """What search.c becomes for so many kinds, from disk or built now; None, with a warning, where neither works."""
-    flags = (*FLAGS, f"-DKINDS={_width(kinds)}")
+def load_library(width: int) -> ctypes.PyDLL | None:
+    """What search.c becomes with so many KINDS, from disk or built now; None, with a warning, where neither works."""
+    flags = (*FLAGS, f"-DKINDS={width}")
     try:
         kept = cache_folder() / f"search-{_key(flags)}.so"
         with suppress(OSError):  # it is not there, or of no use
