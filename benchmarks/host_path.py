@@ -121,7 +121,6 @@ def make_calls(encoder: VisionEncoder, items: int, side: int, place: str, batch:
     if batch == "mixed":
         batches = batches[:1] * CALLS
     # The sizes are known, a new combination is not: forget what an earlier line left.
-    encoder.engine.planner.cost = replace(encoder.engine.planner.cost)  # and with it the plans
     encoder.engine._prepared.clear()
     for grids in batches:
         encoder.engine.warm_metadata(grids)

@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 
 MOST_WORKERS = 8
-"""Of `-n auto`: each loads torch and Transformers, and takes a gigabyte of memory."""
+"""Of `-n auto`: each loads torch and Transformers, which takes time and memory."""
 
 
 @pytest.hookimpl(optionalhook=True)
