@@ -1,4 +1,4 @@
-"""How often a replay runs to be timed: start-up waits for it."""
+"""Replays are timed once, from rest."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from vitgraph.core import Grid
 from vitgraph.engine import timer
 
 
-@pytest.mark.parametrize("each_us, timed_runs", [(100_000.0, 1), (7000.0, 1), (3000.0, 4), (100.0, 7)])
-def test_long_replays_run_once_and_short_ones_a_few_times(monkeypatch, each_us: float, timed_runs: int) -> None:
-    replays, leads = [], []
+def test_a_replay_is_timed_once_after_a_rest(monkeypatch) -> None:
+    done: list[object] = []
+    times = iter((40_000.0, 100.0, 7000.0))
 
     def elapsed(call, runs: int = 1, lead: bool = True) -> float:
         for _ in range(runs + lead):
             call()
-        return each_us
+        return next(times)
 
     monkeypatch.setattr(timer, "elapsed", elapsed)
-    monkeypatch.setattr(timer.torch.cuda, "_sleep", leads.append)
-    graph = SimpleNamespace(replay=lambda: replays.append(1))
-    staged = []
+    monkeypatch.setattr(timer.torch.cuda, "_sleep", lambda cycles: done.append(cycles / timer.CYCLES_PER_US))
     engine = SimpleNamespace(
-        stage=lambda budget, grids: staged.append((budget, grids)), captured=lambda budget, alone: graph
+        stage=lambda budget, grids: done.append((budget, grids)),
+        captured=lambda budget, long: SimpleNamespace(replay=lambda: done.append(long)),
     )
     timed = timer.EngineTimer(engine)
-    assert timed.replay(3, [Grid(1, 8, 8)]) == each_us
-    assert len(replays) == timed_runs
-    assert staged == [(3, [Grid(1, 8, 8)])]
-    assert len(leads) == 1, "the device is busy while the host launches"
+    grids = [Grid(1, 8, 8)]
+    assert timed.replay(3, grids) == 40_000
+    assert timed.replay(1, grids, long=True) == 100
+    assert timed.replay(2, grids) == 7000
+    rests = [timer.LEAD_US, pytest.approx(40_000 * timer.REST_SHARE), timer.LEAD_US]
+    assert done == [(3, grids), rests[0], False, (1, grids), rests[1], True, (2, grids), rests[2], False]

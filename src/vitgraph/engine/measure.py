@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from math import isqrt
+from heapq import heappop, heappush
+from math import isqrt, log
 from typing import Protocol
 
 import numpy as np
@@ -12,15 +13,15 @@ from vitgraph.core import Grid, fits, sum_counts
 from vitgraph.errors import PatchError
 from vitgraph.models.contract import TowerSpec
 from vitgraph.planning.budgets import Budget
-from vitgraph.planning.cost import CostModel, load_of
+from vitgraph.planning.cost import FLOOR_TOKENS, CostModel, load_of
 
-SECONDS = 0.6
-"""Time for replays; eager runs and the attention's slope take a little more."""
+SECONDS = 0.75
+"""Time for replays. Rests between them, and eager runs, take nearly as much again."""
 LEAST_SHARE = 0.05
 """Least time of one replay as a share of the largest budget's."""
 
 USUAL_TOKENS, LARGE_TOKENS = 100, (441, 1024)
-SLOPE_POINTS, LONG_POINTS = 14, 7
+SLOPE_POINTS, LONG_POINTS = 26, 8
 """Budgets whose slope is measured, and those among them where that of a second graph is, too, which takes longer."""
 EAGER_POINTS = 5
 EAGER_RUNS = 2
@@ -45,9 +46,8 @@ def measure_costs(
 ) -> CostModel:
     """Times captured budgets, the attention's part of some of them, and the eager forward at a few sizes.
 
-    As many budgets are timed as take `seconds`, evenly spread; the others are interpolated. They come in ascending
-    order: a GPU lowers its clock under load, so that small budgets are timed as they run when requests are few, and
-    large ones as they run under load.
+    As many budgets are timed as take `seconds`, evenly spread as ratios; the others are interpolated, and so are the
+    slopes of most. A budget's timings follow each other: a slope is a small difference of two of them.
 
     Args:
         spec: of the tower.
@@ -57,18 +57,16 @@ def measure_costs(
         seconds: for the replays.
     """
     longest = timer.replay(captured[-1], usual_items(spec, budgets[captured[-1]]))
-    order = _worth_timing(captured, [budget.tokens for budget in budgets], longest / 1e6, seconds)
-    probed = _spaced(order, SLOPE_POINTS)
-    probed_long = _spaced(probed, LONG_POINTS)
+    chosen = _worth_timing(captured, [budget.tokens for budget in budgets], longest / 1e6, seconds, timer)
+    probed, probed_long = chosen[:SLOPE_POINTS], chosen[:LONG_POINTS]
     times: dict[int, float] = {}
     loads: dict[int, float] = {}
     slopes: dict[int, float] = {}
     long: dict[int, float] = {}
     beside: dict[int, float] = {}
-    for index in order:
+    for index in sorted(chosen):
         grids = usual_items(spec, budgets[index])
         times[index], loads[index] = timer.replay(index, grids), _load(spec, grids)
-        # At once, before the clock drifts: a slope is a small difference of two times.
         found = _slope(spec, budgets[index], index, times[index], loads[index], timer) if index in probed else None
         if found is None:
             continue
@@ -76,7 +74,7 @@ def measure_costs(
         if index in probed_long:
             rest = times[index] - found * loads[index]
             long[index], beside[index] = _long_slope(spec, budgets[index], index, found, rest, timer)
-    slopes = slopes or {order[0]: 0.0}
+    slopes = slopes or {captured[-1]: 0.0}
     rows = np.array([budget.capacity["patch"] for budget in budgets])
     slope = _spread(rows, slopes)
     fixed = _spread(rows, {i: max(times[i] - slope[i] * loads[i], 0.0) for i in times})
@@ -97,35 +95,52 @@ def measure_costs(
     )
 
 
-def _worth_timing(captured: Sequence[int], tokens: Sequence[int], longest: float, seconds: float) -> list[int]:
-    """Budgets to time, ascending: the last and the first, and halves of the gaps as long as there is time.
+def _worth_timing(
+    captured: Sequence[int], tokens: Sequence[int], longest: float, seconds: float, timer: Timer
+) -> list[int]:
+    """Budgets to time: as many of those that `refining` names, in its order, as there is time for; at least two.
 
     Args:
         captured: indexes of budgets.
         tokens: of every budget.
         longest, seconds: time of the last one, and of all.
+        timer: knows which of them have two graphs.
     """
     chosen: list[int] = []
-    for index in halving(captured):
-        seconds -= longest * max(tokens[index] / tokens[captured[-1]], LEAST_SHARE)
+    for index in refining(captured, tokens):
+        replays = 1 + (len(chosen) < SLOPE_POINTS) + 2 * (len(chosen) < LONG_POINTS and timer.long(index))
+        seconds -= replays * longest * max(tokens[index] / tokens[captured[-1]], LEAST_SHARE)
         if seconds < 0 and len(chosen) >= 2:
             break
         chosen.append(index)
-    return sorted(chosen)
+    return chosen
 
 
-def halving(indexes: Sequence[int]) -> Iterator[int]:
-    """All indexes: the last and the first, then the middle of each gap, again and again."""
+def refining(indexes: Sequence[int], tokens: Sequence[int]) -> Iterator[int]:
+    """All indexes: the last and the first, then again and again the middle of the widest gap, as a ratio of guessed
+    times.
+
+    Args:
+        indexes: of budgets, ascending.
+        tokens: of every budget, ascending.
+    """
+    places = [log(tokens[index] + FLOOR_TOKENS) for index in indexes]
     yield indexes[-1]
     if len(indexes) > 1:
         yield indexes[0]
-    gaps = [(0, len(indexes) - 1)]
-    while gaps:
-        low, high = gaps.pop(0)
+    gaps: list[tuple[float, int, int]] = []
+
+    def open_gap(low: int, high: int) -> None:
         if high - low > 1:
-            middle = (low + high) // 2
-            yield indexes[middle]
-            gaps += [(low, middle), (middle, high)]
+            heappush(gaps, (places[low] - places[high], low, high))
+
+    open_gap(0, len(indexes) - 1)
+    while gaps:
+        _, low, high = heappop(gaps)
+        middle = min(range(low + 1, high), key=lambda i: abs(2 * places[i] - places[low] - places[high]))
+        yield indexes[middle]
+        open_gap(low, middle)
+        open_gap(middle, high)
 
 
 def usual_items(spec: TowerSpec, budget: Budget, tokens: int = USUAL_TOKENS) -> list[Grid]:
