@@ -16,7 +16,7 @@ from vitgraph.planning.budgets import Budget
 from vitgraph.planning.cost import FLOOR_TOKENS, CostModel, load_of
 
 SECONDS = 0.75
-"""Time for replays. Rests between them, and eager runs, take nearly as much again."""
+"""Time for replays. Rests between them, staging and eager runs take as much again."""
 LEAST_SHARE = 0.05
 """Least time of one replay as a share of the largest budget's."""
 
