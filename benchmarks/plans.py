@@ -2,9 +2,9 @@
 
     python benchmarks/plans.py [--geometry qwen3-vl-8b] [--json FILE]
 
-Needs a CUDA device. Random batches of one to 24 images; the replays of a batch's plan run in a row, once `from rest`,
-as for a request that finds the GPU idle, and once `under load`, right after the plan before. One factor for the GPU's
-clock is left to all plans of a line; `off` counts those that differ from the rest by more than 5 %. The model is
+Needs a CUDA device. Random batches of one to 24 images; the replays of a batch's plan run in a row, `from rest`, as for
+a request that finds the GPU idle, and `under load`, right after the plan before; medians of three. One factor for the
+GPU's clock is left to all plans of a line; `off` counts those that differ from the rest by more than 5 %. The model is
 measured several times: in capture, which is the model that chose the plans, and again. Random weights.
 """
 
@@ -14,18 +14,22 @@ import random
 import statistics
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from measuring import arguments, graph_of, make_encoder, write_report
 
 from vitgraph import VisionEncoder
+from vitgraph.attention.trial import spin
 from vitgraph.core import Grid, Pack
 
 SIDES = (14, 20, 28, 42, 64)
 BATCHES, MOST_IMAGES, SEED = 72, 24, 0
 MODELS, RUNS = 5, 3
-REST_SECONDS, LEAD_CYCLES = 0.06, 2_000_000
+REST_SECONDS, LEAD_US = 0.06, 1100.0
 """A GPU is at its highest clock again after the first. While it spins for the second, the host gets ahead."""
+PAUSE_SECONDS = 1.0
+"""Before the model is measured again."""
 TOLERANCE = 0.05
 
 
@@ -46,7 +50,7 @@ def replays_us(encoder: VisionEncoder, plan: Sequence[Pack], rest: float) -> flo
     """
     torch.cuda.synchronize()
     time.sleep(rest)
-    torch.cuda._sleep(LEAD_CYCLES)
+    spin(LEAD_US)
     marks = []
     for pack in plan:
         assert pack.budget is not None
@@ -60,7 +64,7 @@ def replays_us(encoder: VisionEncoder, plan: Sequence[Pack], rest: float) -> flo
     return sum(start.elapsed_time(end) for start, end in marks) * 1e3
 
 
-def beside(taken: Sequence[float], predicted: Sequence[float]) -> dict[str, object]:
+def beside(taken: Sequence[float], predicted: Sequence[float]) -> dict[str, Any]:
     """How far plans are from a model, up to one factor."""
     ratios = [time_us / model_us for time_us, model_us in zip(taken, predicted, strict=True)]
     clock = statistics.median(ratios)
@@ -85,7 +89,7 @@ def main() -> None:
         }
         taken = {name: [statistics.median(times) for times in zip(*own, strict=True)] for name, own in runs.items()}
         for _ in range(MODELS - 1):
-            time.sleep(1.0)
+            time.sleep(PAUSE_SECONDS)
             encoder.engine._measure()
             models.append(planner.cost)
             seconds.append(encoder.stats.measure_seconds)

@@ -114,3 +114,11 @@ def test_the_host_path_shows_the_round_in_which_plain_python_took_least() -> Non
     host_path = importlib.import_module("host_path")
     rounds = [{"python_us": 9.0, "before_us": 20.0}, {"python_us": 8.0, "before_us": 30.0}]
     assert host_path.quietest(rounds) is rounds[1]
+
+
+def test_plans_are_compared_up_to_one_factor() -> None:
+    plans = importlib.import_module("plans")
+    found = plans.beside([11.0, 22.0, 33.0, 50.0, 55.0], [10.0, 20.0, 30.0, 40.0, 50.0])
+    assert found["clock"] == pytest.approx(1.1)
+    assert found["shares"] == pytest.approx([0, 0, 0, 50 / 44 - 1, 0])
+    assert found["off"] == 1 and found["most"] == pytest.approx(50 / 44 - 1)

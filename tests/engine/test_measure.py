@@ -62,6 +62,8 @@ def test_the_model_predicts_what_was_not_timed(encoder: VisionEncoder, seconds: 
     cost = measure_costs(encoder.spec, encoder.budgets, everything, gpu, seconds)
     assert all(cost.measured) == (seconds > 1)
     assert sum(cost.measured) >= 2
+    timed = [index for index in dict.fromkeys(gpu.timed[1:]) if cost.measured[index]]
+    assert timed == sorted(timed), "ascending: how long the GPU rests follows from the replay before"
     for index, budget in enumerate(encoder.budgets):
         for filling in (usual_items, large_items, one_item):
             grids = filling(encoder.spec, budget)

@@ -20,7 +20,7 @@ def test_a_replay_is_timed_once_after_a_rest(monkeypatch) -> None:
         return next(times)
 
     monkeypatch.setattr(timer, "elapsed", elapsed)
-    monkeypatch.setattr(timer.torch.cuda, "_sleep", lambda cycles: done.append(cycles / timer.CYCLES_PER_US))
+    monkeypatch.setattr(timer, "spin", done.append)
     engine = SimpleNamespace(
         stage=lambda budget, grids: done.append((budget, grids)),
         captured=lambda budget, long: SimpleNamespace(replay=lambda: done.append(long)),

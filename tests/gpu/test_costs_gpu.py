@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
-import random
 import statistics
-import time
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -20,13 +21,12 @@ pytestmark = [
     pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="timings need the GPU for themselves"),
 ]
 
-SIDES = (14, 20, 28, 42, 64)
 MOST_SECONDS = 2.0
 TOLERANCE = 0.05
 CLOCK = 0.03
 """All plans together may differ from the model by so much more, for a GPU's clock is not the same in every minute."""
 RUNS = 3
-REST_SECONDS, LEAD_CYCLES = 0.06, 2_000_000
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
@@ -36,31 +36,12 @@ def encoder():
         yield made
 
 
-def batches(count: int) -> list[list[Grid]]:
-    choose = random.Random(0)
-    return [[Grid(1, *[choose.choice(SIDES)] * 2) for _ in range(choose.randint(1, 24))] for _ in range(count)]
-
-
-def measured_us(encoder: VisionEncoder, packs) -> float:
-    """Device time of the plan's replays in a row, from rest, as the model predicts it."""
-    engine = encoder.engine
-    times = []
-    for _ in range(RUNS):
-        torch.cuda.synchronize()
-        time.sleep(REST_SECONDS)
-        torch.cuda._sleep(LEAD_CYCLES)  # meanwhile the host gets ahead
-        marks = []
-        for pack in packs:
-            engine.stage(pack.budget, pack.grids)
-            replay = engine.captured(pack.budget, engine.ladder.runs_long(pack.budget, pack.counts)).replay
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            replay()
-            end.record()
-            marks.append((start, end))
-        torch.cuda.synchronize()
-        times.append(sum(start.elapsed_time(end) for start, end in marks) * 1e3)
-    return statistics.median(times)
+@pytest.fixture(scope="module")
+def plans():
+    """The benchmark of what is tested here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        yield importlib.import_module("plans")
 
 
 def test_timing_the_default_ladder_takes_less_than_two_seconds(encoder: VisionEncoder) -> None:
@@ -70,25 +51,26 @@ def test_timing_the_default_ladder_takes_less_than_two_seconds(encoder: VisionEn
     assert sum(cost.measured) >= 20
 
 
-def test_plans_take_what_the_model_predicts(encoder: VisionEncoder) -> None:
+def test_plans_take_what_the_model_predicts(encoder: VisionEncoder, plans: ModuleType) -> None:
     """From rest, as the model is measured; under load a GPU lowers its clock, by up to an eighth."""
-    planner = encoder.engine.planner
-    ratios = {}
-    for grids in batches(24):
-        packs = planner.plan(grids, eager=False)
-        ratios[str([grid.h for grid in grids])] = measured_us(encoder, packs) / planner.predicted(packs)
-    clock = statistics.median(ratios.values())
-    assert abs(clock - 1) < CLOCK
-    off = {sides: ratio / clock - 1 for sides, ratio in ratios.items() if abs(ratio / clock - 1) > TOLERANCE}
+    planner, batches = encoder.engine.planner, plans.random_batches()[:24]
+    chosen = [planner.plan(grids, eager=False) for grids in batches]
+    taken = [
+        statistics.median(plans.replays_us(encoder, plan, plans.REST_SECONDS) for _ in range(RUNS)) for plan in chosen
+    ]
+    found = plans.beside(taken, list(map(planner.predicted, chosen)))
+    assert abs(found["clock"] - 1) < CLOCK
+    sides = [str([grid.h for grid in grids]) for grids in batches]
+    off = {own: share for own, share in zip(sides, found["shares"], strict=True) if abs(share) > TOLERANCE}
     assert not off, f"sides: off by {off}"
 
 
-def test_a_choice_of_eager_is_right(encoder: VisionEncoder) -> None:
+def test_a_choice_of_eager_is_right(encoder: VisionEncoder, plans: ModuleType) -> None:
     """Where the plan leaves the graph, the call is not slower than with the graph."""
     from vitgraph.bench.timing import time_call
 
     planner = encoder.engine.planner
-    for grids in batches(12):
+    for grids in plans.random_batches()[:12]:
         if all(pack.budget is not None for pack in planner.plan(grids)):
             continue
         rows = sum(grid.patches for grid in grids)

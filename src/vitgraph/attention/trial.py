@@ -17,6 +17,7 @@ CALLS = 4
 LOAD_SECONDS = 0.25
 """How long a call is timed under load."""
 USUAL, LARGE = 400, 1024
+CYCLES_PER_US = 1800
 
 Time = Callable[[Callable[[], object]], float]
 """Microseconds of a call."""
@@ -40,6 +41,11 @@ def elapsed(call: Callable[[], object], runs: int = 1, lead: bool = True) -> flo
     end.record()
     end.synchronize()
     return start.elapsed_time(end) * 1e3 / runs
+
+
+def spin(us: float) -> None:
+    """Keeps the stream waiting for about so many microseconds, at little power. Meanwhile the host gets ahead."""
+    torch.cuda._sleep(int(us * CYCLES_PER_US))
 
 
 def device_time(call: Callable[[], object]) -> float:

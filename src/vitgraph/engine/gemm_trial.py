@@ -10,6 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from vitgraph.attention.trial import spin
 from vitgraph.engine.cublaslt import CublasLt, Problem
 from vitgraph.layers.gemm import Kind
 
@@ -18,7 +19,7 @@ logger = logging.getLogger("vitgraph")
 TORCH = b""
 """Stands for the algorithm that torch takes."""
 
-LEAD_US, LEAD_MARGIN, CYCLES_PER_US, TRIES = 100.0, 1.5, 1800, 3
+LEAD_US, LEAD_MARGIN, TRIES = 100.0, 1.5, 3
 """The GPU spins at least so long while the host queues runs, and LEAD_MARGIN times as long as that took the last time:
 else launches would be timed. Where the host was late nevertheless, short runs are timed again."""
 
@@ -92,7 +93,7 @@ class Trial:
         for _ in range(TRIES):
             start = time.perf_counter()
             if _guess(problem) < HOST_US:
-                torch.cuda._sleep(int(self._lead * CYCLES_PER_US))
+                spin(self._lead)
             self._run(problem, algorithms[-1], weights[0])  # the first run after a pause takes longer
             marks[0].record()
             for algorithm, mark in zip(algorithms, marks[1:], strict=True):

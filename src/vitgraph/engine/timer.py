@@ -8,14 +8,14 @@ from typing import Protocol
 
 import torch
 
-from vitgraph.attention.trial import elapsed
+from vitgraph.attention.trial import elapsed, spin
 from vitgraph.core import Grid
 from vitgraph.engine.graph import CapturedGraph
 from vitgraph.engine.ladder import Ladder
 
-LEAD_US, REST_SHARE, CYCLES_PER_US = 600.0, 0.5, 1800
-"""Before each replay the GPU spins for so long, or for this share of the time of the replay before, if that is longer.
-Spinning draws little power, so that it counts as rest, and meanwhile the host gets ahead."""
+LEAD_US, REST_SHARE = 600.0, 0.5
+"""Before each replay the GPU spins, which counts as rest, for so long, or for this share of the time of the replay
+before, if that is longer."""
 
 
 class Timed(Protocol):
@@ -51,7 +51,7 @@ class EngineTimer:
         self._engine.stage(budget, grids)
         graph = self._engine.captured(budget, long)
         # The first launch of a graph also uploads it, during the spin.
-        torch.cuda._sleep(int(max(LEAD_US, REST_SHARE * self._before_us) * CYCLES_PER_US))
+        spin(max(LEAD_US, REST_SHARE * self._before_us))
         self._before_us = elapsed(graph.replay, lead=False)
         return self._before_us
 
