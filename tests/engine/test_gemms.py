@@ -20,15 +20,18 @@ from vitgraph.core import Grid
 from vitgraph.engine import gemms as module
 from vitgraph.engine.cublaslt import Problem, Setting
 from vitgraph.engine.gemm_candidates import (
-    BEST_TILES,
-    MOST_TILED_ROWS,
+    BEST,
+    CLUSTERS,
+    COOPERATIVE,
+    MOST_PINGPONG,
+    PINGPONG,
     TILES,
     WORTH_A_TRIAL,
-    best_tiles,
+    by_predicted_time,
     candidates,
 )
 from vitgraph.engine.gemm_trial import TORCH
-from vitgraph.engine.gemms import FINE_ROWS, MOST_ROWS, Gemms, make_gemms, problem_of
+from vitgraph.engine.gemms import FEW_USES, FINE_ROWS, GENERATION, MOST_ROWS, Gemms, make_gemms, problem_of
 from vitgraph.layers.gemm import Product, add_product, linear, linear_gelu_tanh, products_by
 from vitgraph.layers.merger import PatchMerger
 from vitgraph.layers.mlp import Mlp
@@ -204,7 +207,7 @@ def test_algorithms_are_chosen_for_all_budgets_and_kept(tmp_path: Path) -> None:
     assert [count for problem, _, count in Trial.tried if problem.kind == "gelu"] == [3, 3]
     assert told == [True]
     (kept,) = json.loads((tmp_path / "gemms.json").read_text()).items()
-    assert kept == ("a GPU | cuBLASLt 7", {problem.name: TWO.hex() for problem in wanted})
+    assert kept == (f"a GPU | cuBLASLt 7 | {GENERATION}", {problem.name: TWO.hex() for problem in wanted})
 
     x, (weight, _) = torch.randn(66, 16).to(BF16), SEEN[Problem(64, 4, 16, "plain", BF16)]
     with gemms.applied():
@@ -273,12 +276,16 @@ def test_what_cannot_be_measured_is_left_to_torch(monkeypatch: pytest.MonkeyPatc
     assert not library.ran
 
 
-def test_of_many_rows_every_other_problem_is_searched_and_the_next_takes_after_it() -> None:
+@pytest.mark.parametrize("uses", [FEW_USES, FEW_USES - 1])
+def test_of_many_rows_or_few_uses_every_other_problem_is_searched_and_the_next_takes_after_it(uses: int) -> None:
     gemms, library = make()
     rows = [FINE_ROWS - 64, FINE_ROWS, *range(FINE_ROWS + 64, FINE_ROWS + 64 * 6, 64)]
-    gemms.choose({Problem(64, 4, 16, "plain", BF16): SEEN[Problem(64, 4, 16, "plain", BF16)]}, 64, reversed(rows))
+    problem = Problem(64, 4, 16, "plain", BF16)
+    gemms.choose({problem: SEEN[problem] * (uses // 2) + SEEN[problem][: uses % 2]}, 64, reversed(rows))
     assert [problem.rows for problem, *_ in Trial.tried] == rows
-    assert [tried for _, tried, _ in Trial.tried] == [[ONE, TWO]] * 2 + [[TWO], [ONE, TWO]] * 2 + [[TWO]]
+    both, after = [ONE, TWO], [TWO]
+    fine = 1 if uses == FEW_USES else 0
+    assert [tried for _, tried, _ in Trial.tried] == [both] * fine + ([both, after] * 4)[: len(rows) - fine]
     library.refused.add(TWO)
     assert not gemms._acceptable(Problem(1, 1, 1, "plain", BF16), TWO)
 
@@ -345,31 +352,62 @@ class Hopper(Library):
 
 def test_on_hopper_few_are_tried() -> None:
     assert Hopper.settings[ONE] in WORTH_A_TRIAL and Hopper.settings[TWO] not in WORTH_A_TRIAL
-    problem = Problem(1600, 1152, 4352, "add", BF16)
-    tiles = best_tiles(1600, 1152, 132)
-    assert len(tiles) == BEST_TILES
-    want = [ONE, *(repr(Setting(TILES[tile], 2, 1)).encode() for tile in tiles)]
-    assert candidates(Hopper(), problem) == want  # type: ignore[arg-type]
-    assert candidates(Hopper(), problem._replace(rows=MOST_TILED_ROWS + 1)) == [ONE]  # type: ignore[arg-type]
+    for rows in (400, 1600, MOST_ROWS):
+        problem = Problem(rows, 1152, 4352, "add", BF16)
+        ranked = by_predicted_time(problem, 132)
+        assert len(ranked) == len(set(ranked)) == len(TILES) * len(CLUSTERS)
+        there = [repr(setting).encode() for setting in ranked if setting.schedule != 5]
+        assert candidates(Hopper(), problem) == [ONE, *there[:BEST]]  # type: ignore[arg-type]
     assert candidates(Library(), problem) == [ONE, TWO]  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("rows, columns", [(1600, 1152), (576, 3456), (400, 1152), (784, 3456)])
+def sides(setting: Setting) -> tuple[int, int]:
+    """Columns and rows of a setting's tiles."""
+    return next(tile for tile, number in TILES.items() if number == setting.tile)
+
+
+def blocks(setting: Setting, rows: int, columns: int) -> int:
+    """Of the whole clusters that cover an output."""
+    (wide, high), (across, down) = sides(setting), CLUSTERS[setting.cluster]
+    return -(-columns // (wide * across)) * across * -(-rows // (high * down)) * down
+
+
+@pytest.mark.parametrize("rows, columns", [(1600, 1152), (576, 3456), (400, 1152)])
 def test_the_best_tiles_need_one_round_where_that_is_possible(rows: int, columns: int) -> None:
-    """132 multiprocessors make tiles of at most 192 x 256."""
+    """132 multiprocessors make tiles of at most 192 x 256; 120 of them those of large clusters."""
     assert rows * columns <= 132 * 192 * 256
-    tiles = best_tiles(rows, columns, 132)
-    blocks = [-(-columns // wide) * -(-rows // high) for wide, high in tiles]
-    assert max(blocks) <= 132
-    # The smallest such tile is among them, as it computes least beside the output.
-    smallest = min((w * h for w, h in TILES if -(-columns // w) * -(-rows // h) <= 132), default=0)
-    assert min(wide * high for wide, high in tiles) <= 1.1 * smallest
+    best = by_predicted_time(Problem(rows, columns, 1152, "bias", BF16), 132)[:BEST]
+    for setting in best[: BEST // 2]:
+        assert blocks(setting, rows, columns) <= (120 if setting.cluster in (4, 9) else 132)
+    # The smallest such tile is nearly as small as one of them: it computes least beside the output.
+    smallest = min(w * h for w, h in TILES if -(-columns // w) * -(-rows // h) <= 132)
+    areas = [wide * high for wide, high in map(sides, best)]
+    assert min(areas) <= 1.1 * smallest
 
 
 def test_many_rounds_are_few_idle_ones() -> None:
-    for wide, high in best_tiles(8192, 4352, 132):
-        blocks = -(-4352 // wide) * -(-8192 // high)
-        assert -(-blocks // 132) * 132 * wide * high < 1.15 * 8192 * 4352
+    for setting in by_predicted_time(Problem(8192, 4352, 1152, "gelu", BF16), 132)[:BEST]:
+        wide, high = sides(setting)
+        rounds = -(-blocks(setting, 8192, 4352) // (120 if setting.cluster in (4, 9) else 132))
+        assert rounds * 132 * wide * high < 1.2 * 8192 * 4352
+
+
+def test_clusters_share_loads_and_pay_for_it_in_idle_multiprocessors() -> None:
+    def order(rows: int) -> list[int]:
+        ranked = by_predicted_time(Problem(rows, 1024, 4096, "add", BF16), 132)
+        return [setting.cluster for setting in ranked if sides(setting) == (128, 128)]
+
+    # 120 tiles fit in one round in any cluster whose sides divide theirs; of 128 those in large clusters take two.
+    assert order(1920)[0] == 4
+    assert order(2048)[0] == 3 and set(order(2048)[2:]) == {4, 9}
+
+
+def test_large_tiles_are_cooperative() -> None:
+    schedules = {sides(setting): setting.schedule for setting in by_predicted_time(Problem(8, 8, 8, "bias", BF16), 132)}
+    assert {tile for tile, schedule in schedules.items() if schedule == PINGPONG} == {
+        (wide, high) for wide, high in TILES if wide * high <= MOST_PINGPONG
+    }
+    assert schedules[128, 192] == schedules[192, 128] == COOPERATIVE
 
 
 def test_tiles_have_the_library_s_numbers() -> None:

@@ -22,6 +22,10 @@ MOST_NAMED = 8
 ALIGNMENT = 256
 """Bytes, of every matrix: what the heuristics take for granted."""
 
+COUNTER = 4
+"""Bytes of workspace in which a kernel counts its tiles. It asks for them, and does without: see
+`vitgraph.workspace`."""
+
 HOPPER = (9, 0)
 """Compute capability whose kernels `CublasLt.hopper` makes."""
 
@@ -143,7 +147,7 @@ class CublasLt:
         return Setting(*(self._configured(own, attribute) for attribute in (_TILE, _CLUSTER, _SCHEDULE)))
 
     def hopper(self, problem: Problem, setting: Setting) -> bytes | None:
-        """The kernel with this setting; None where there is none, or it needs a workspace."""
+        """The kernel with this setting; None where there is none, or it needs a workspace for more than a counter."""
         kind, own = ctypes.c_int(_TYPES[problem.dtype]), _Algorithm()
         status = self._library.cublasLtMatmulAlgoInit(
             self._handle, ctypes.c_int(_COMPUTE_32F), ctypes.c_int(_REAL_32F), kind, kind, kind, kind,
@@ -156,14 +160,13 @@ class CublasLt:
         if status or not all(self._configure(own, attribute, value) for attribute, value in values.items()):
             return None
         algorithm = bytes(own)
-        return algorithm if self.accepts(problem, algorithm, workspace=False) else None
+        return algorithm if self.accepts(problem, algorithm, COUNTER) else None
 
-    def accepts(self, problem: Problem, algorithm: bytes, workspace: bool = True) -> bool:
+    def accepts(self, problem: Problem, algorithm: bytes, most_workspace: int | None = None) -> bool:
         """Whether an algorithm runs this problem here.
 
         Args:
-            workspace: whether it may be one that says that it takes a workspace. What the heuristics named runs without
-                one even then.
+            most_workspace: bytes that it may ask for; None: any number, as what the heuristics named runs without.
         """
         if len(algorithm) != ctypes.sizeof(_Algorithm):
             return False
@@ -172,7 +175,7 @@ class CublasLt:
         status = self._library.cublasLtMatmulAlgoCheck(
             self._handle, own.product, own.weight, own.x, own.out, own.out, ctypes.byref(kept), ctypes.byref(found)
         )
-        return not status and (workspace or not found.workspace)
+        return not status and (most_workspace is None or found.workspace <= most_workspace)
 
     def run(
         self, problem: Problem, algorithm: bytes, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor

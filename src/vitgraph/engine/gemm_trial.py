@@ -27,9 +27,9 @@ SHORT_US, HOST_US, FLOPS_PER_US = 30.0, 100.0, 500e6
 """Products that take less than the first are short; those that take more than the second leave any host the time to
 queue the next one. How long one takes is guessed from what an H100 does."""
 
-MOST_RUNS, FINALISTS, FINALS = 4, 2, 2
-"""A short product runs up to so often for one time. After the first times, so many of the fastest and torch's own meet
-again so often."""
+MOST_RUNS, FINALISTS, MOST_FINAL_RUNS = 2, 2, 4
+"""A short product runs up to so often for one time. Then so many of the fastest and torch's own meet again, and run
+more often; the lesser time of each counts."""
 
 WORTH = 0.985
 """An algorithm must take less than this share of the time of torch's own."""
@@ -64,14 +64,13 @@ class Trial:
         every = [TORCH, *(algorithm for algorithm in candidates if self._runs(problem, algorithm, weights[0]))]
         if len(every) == 1:
             return TORCH
-        runs = max(1, min(MOST_RUNS, int(SHORT_US / _guess(problem))))
-        times = self._times(problem, every, weights, runs)
-        finalists = {0, *sorted(range(len(every)), key=times.__getitem__)[:FINALISTS]}
-        again = [every[number] for number in sorted(finalists)]
-        finals = [self._times(problem, again, weights, runs) for _ in range(FINALS)]
-        least = [min(own) for own in zip(*finals, strict=True)]
-        best = min(range(len(again)), key=least.__getitem__)
-        return again[best] if least[best] < WORTH * least[0] else TORCH
+        runs = max(1, int(SHORT_US / _guess(problem)))
+        times = self._times(problem, every, weights, min(MOST_RUNS, runs))
+        finalists = sorted({0, *sorted(range(len(every)), key=times.__getitem__)[:FINALISTS]})
+        again = self._times(problem, [every[at] for at in finalists], weights, min(MOST_FINAL_RUNS, runs))
+        least = {at: min(times[at], own) for at, own in zip(finalists, again, strict=True)}
+        best = min(finalists, key=least.__getitem__)
+        return every[best] if least[best] < WORTH * least[0] else TORCH
 
     def _runs(self, problem: Problem, algorithm: bytes, weight: Tensor) -> bool:
         """Whether it runs, once per kernel: the driver loads each when it runs first, which should not be timed."""

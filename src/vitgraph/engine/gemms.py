@@ -27,11 +27,14 @@ DTYPES = (torch.bfloat16, torch.float16)
 MOST_WEIGHTS = 8
 """Weights that trial runs of a problem go through, so that they come from memory as in a tower, not from the cache."""
 
-FINE_ROWS = 4096
+FINE_ROWS, FEW_USES = 4096, 8
 """See `Gemms._measure`."""
 
+GENERATION = 2
+"""Of what is kept: grows where faster algorithms are tried than before."""
+
 MOST_ROWS = 16384
-"""Budgets of more pixel rows are left to torch: gains shrink with the rows, to 1 % here."""
+"""Budgets of more pixel rows are left to torch: few calls fill them, and trial runs take longer."""
 
 LEAST_USES = 2
 """Products that a forward makes less often are left to torch."""
@@ -80,7 +83,7 @@ class Gemms:
             budgets: pixel rows of each budget.
             tell: called before anything is measured.
         """
-        key = f"{self._library.gpu} | cuBLASLt {self._library.version}"
+        key = f"{self._library.gpu} | cuBLASLt {self._library.version} | {GENERATION}"
         path = cache_folder() / "gemms.json"
         kept = read_entry(path, key) or {}
         missing: list[tuple[Problem, list[Tensor]]] = []
@@ -102,15 +105,16 @@ class Gemms:
             keep_entry(path, key, (read_entry(path, key) or {}) | found)
 
     def _measure(self, missing: Sequence[tuple[Problem, list[Tensor]]]) -> None:
-        """Of products with many rows every other one is measured; those between take after the one before. What cannot
-        be measured is left to torch."""
+        """Of products with many rows or few uses every other one is measured; those between take after the one before.
+        What cannot be measured is left to torch."""
         before: dict[Problem, bytes] = {}
         try:
             trial = Trial(self._library, [problem for problem, _ in missing])
             with without_workspace(self._library.device):
                 for problem, weights in sorted(missing, key=lambda one: one[0].rows):
                     shape = problem._replace(rows=0)
-                    near = before.pop(shape, None) if problem.rows > FINE_ROWS else None
+                    coarse = problem.rows > FINE_ROWS or len(weights) < FEW_USES
+                    near = before.pop(shape, None) if coarse else None
                     tried = candidates(self._library, problem) if near is None else self._acceptable(problem, near)
                     chosen = self._chosen[problem] = trial.fastest(problem, tried, weights[:MOST_WEIGHTS])
                     if near is None:
