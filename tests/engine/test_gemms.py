@@ -397,7 +397,9 @@ def test_clusters_share_loads_and_pay_for_it_in_idle_multiprocessors() -> None:
         ranked = by_predicted_time(Problem(rows, 1024, 4096, "add", BF16), 132)
         return [setting.cluster for setting in ranked if sides(setting) == (128, 128)]
 
-    # 120 tiles fit in one round in any cluster whose sides divide theirs; of 128 those in large clusters take two.
+    # 8 x 12 tiles fit in one round in every cluster, 8 x 15 where 4 of them need not divide the 15; of 8 x 16 those in
+    # large clusters take two.
+    assert order(1536) == [9, 4, 3, 2]
     assert order(1920)[0] == 4
     assert order(2048)[0] == 3 and set(order(2048)[2:]) == {4, 9}
 

@@ -85,7 +85,9 @@ def test_the_fastest_is_no_slower_than_torch(library: CublasLt) -> None:
     tried = candidates(library, problem)
     chosen = trial.fastest(problem, tried, weights)
     assert chosen in (TORCH, *tried)
-    torches, own = trial._times(problem, [TORCH, chosen], weights, 8)
+    # What else runs on the GPU meanwhile may hit either of them.
+    rounds = [trial._times(problem, [TORCH, chosen], weights, 8) for _ in range(9)]
+    torches, own = (min(times) for times in zip(*rounds, strict=True))
     assert own <= 1.05 * torches
     assert trial.fastest(problem, [], weights) == TORCH
     assert trial.fastest(problem, [bytes(64)], weights) == TORCH, "what does not run is left out"

@@ -27,9 +27,12 @@ SHORT_US, HOST_US, FLOPS_PER_US = 30.0, 100.0, 500e6
 """Products that take less than the first are short; those that take more than the second leave any host the time to
 queue the next one. How long one takes is guessed from what an H100 does."""
 
-MOST_RUNS, FINALISTS, MOST_FINAL_RUNS = 2, 2, 4
-"""A short product runs up to so often for one time. Then so many of the fastest and torch's own meet again, and run
-more often; the lesser time of each counts."""
+MOST_RUNS = 2
+"""A short product runs up to so often for one time."""
+
+FINALISTS, FINALS, FINAL_US, MOST_FINAL_RUNS = 2, 2, 120.0, 8
+"""After these times, so many of the fastest and torch's own meet again so often, each for about so long; their first
+times no longer count, as they were chosen by them."""
 
 WORTH = 0.985
 """An algorithm must take less than this share of the time of torch's own."""
@@ -64,13 +67,14 @@ class Trial:
         every = [TORCH, *(algorithm for algorithm in candidates if self._runs(problem, algorithm, weights[0]))]
         if len(every) == 1:
             return TORCH
-        runs = max(1, int(SHORT_US / _guess(problem)))
-        times = self._times(problem, every, weights, min(MOST_RUNS, runs))
-        finalists = sorted({0, *sorted(range(len(every)), key=times.__getitem__)[:FINALISTS]})
-        again = self._times(problem, [every[at] for at in finalists], weights, min(MOST_FINAL_RUNS, runs))
-        least = {at: min(times[at], own) for at, own in zip(finalists, again, strict=True)}
-        best = min(finalists, key=least.__getitem__)
-        return every[best] if least[best] < WORTH * least[0] else TORCH
+        times = self._times(problem, every, weights, _runs_in(SHORT_US, MOST_RUNS, problem))
+        finalists = {0, *sorted(range(len(every)), key=times.__getitem__)[:FINALISTS]}
+        again = [every[at] for at in sorted(finalists)]
+        runs = _runs_in(FINAL_US, MOST_FINAL_RUNS, problem)
+        finals = [self._times(problem, again, weights, runs) for _ in range(FINALS)]
+        least = [min(own) for own in zip(*finals, strict=True)]
+        best = min(range(len(again)), key=least.__getitem__)
+        return again[best] if least[best] < WORTH * least[0] else TORCH
 
     def _runs(self, problem: Problem, algorithm: bytes, weight: Tensor) -> bool:
         """Whether it runs, once per kernel: the driver loads each when it runs first, which should not be timed."""
@@ -125,6 +129,11 @@ class Trial:
             torch.addmm(bias, x, weight.t(), out=out)
         else:
             torch._addmm_activation(bias, x, weight.t(), use_gelu=True, out=out)
+
+
+def _runs_in(microseconds: float, most: int, problem: Problem) -> int:
+    """How often it runs for one time."""
+    return max(1, min(most, int(microseconds / _guess(problem))))
 
 
 def _guess(problem: Problem) -> float:
