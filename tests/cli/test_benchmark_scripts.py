@@ -11,6 +11,8 @@ import torch
 
 from vitgraph import EncoderConfig, VisionEncoder
 from vitgraph.core import Grid
+from vitgraph.engine.cublaslt import Problem
+from vitgraph.layers.gemm import Product, products_by
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if "def main(" in path.read_text(encoding="utf-8"))
@@ -122,3 +124,16 @@ def test_plans_are_compared_up_to_one_factor() -> None:
     assert found["clock"] == pytest.approx(1.1)
     assert found["shares"] == pytest.approx([0, 0, 0, 50 / 44 - 1, 0])
     assert found["off"] == 1 and found["most"] == pytest.approx(50 / 44 - 1)
+
+
+@pytest.mark.parametrize("kind", ["plain", "bias", "gelu", "add"])
+def test_products_are_of_the_kind_that_was_chosen_for(kind) -> None:
+    gemms = importlib.import_module("gemms")
+    problem = Problem(8, 6, 4, kind, torch.bfloat16)
+    run = gemms.product(problem, torch.device("cpu"))
+    offered: list[Product] = []
+    with products_by(lambda product: offered.append(product)):
+        for number in range(gemms.PRODUCTS):
+            assert run(number).shape == (8, 6)
+    assert {(p.kind, p.x.shape, p.weight.shape, p.x.dtype) for p in offered} == {(kind, (8, 4), (6, 4), torch.bfloat16)}
+    assert len({product.weight.data_ptr() for product in offered}) == gemms.MOST_WEIGHTS

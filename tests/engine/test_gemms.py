@@ -298,7 +298,7 @@ def test_a_tower_runs_by_the_chosen_algorithms_on_static_buffers_alone() -> None
     x = torch.randn(64, encoder.spec.patch_width)
     want = encoder.encode_patches(x, grids)[0].tokens
     gemms, library = make()
-    encoder.engine._gemms = encoder.engine.ladder._gemms = gemms
+    encoder.engine.gemms = encoder.engine.ladder._gemms = gemms
     encoder.engine.ladder._choose_algorithms([1, 0])
     assert {problem.kind for problem, *_ in Trial.tried} >= {"bias", "gelu"}
     assert {problem.rows for problem, *_ in Trial.tried} >= {64, 128}
@@ -318,7 +318,7 @@ def test_a_padded_run_before_any_capture_runs_what_graphs_will(monkeypatch: pyte
         "qwen3_vl", device="cpu", dtype="bfloat16", config=EncoderConfig(budgets=(16, 32))
     )
     gemms, _ = make()
-    encoder.engine._gemms = encoder.engine.ladder._gemms = gemms
+    encoder.engine.gemms = encoder.engine.ladder._gemms = gemms
     encoder.engine.ladder._settled.clear()
     choose, asked = gemms.choose, []
     monkeypatch.setattr(gemms, "choose", lambda seen, rows, *rest: (asked.append(rows), choose(seen, rows, *rest)))
@@ -336,7 +336,7 @@ def test_a_padded_run_before_any_capture_runs_what_graphs_will(monkeypatch: pyte
 def test_algorithms_are_chosen_where_that_is_of_use() -> None:
     assert make_gemms(torch.device("cpu"), BF16) is None
     assert make_gemms(torch.device("cuda", 0), torch.float32) is None
-    assert VisionEncoder.from_config("qwen3_vl", device="cpu").engine._gemms is None
+    assert VisionEncoder.from_config("qwen3_vl", device="cpu").engine.gemms is None
 
 
 class Hopper(Library):

@@ -111,8 +111,8 @@ def test_graphs_run_by_what_was_measured_once(tmp_path: Path, monkeypatch: pytes
             assert all(torch.equal(a, b) for a, b in zip(got, padded, strict=True))
             for a, b in zip(got, eager, strict=True):
                 torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)
-            assert encoder.engine._gemms is not None
-            return got, encoder.engine._gemms.runs
+            assert encoder.engine.gemms is not None
+            return got, encoder.engine.gemms.runs
 
     first, runs = encoded()
     (entry,) = json.loads((tmp_path / "gemms.json").read_text()).values()

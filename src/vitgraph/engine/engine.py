@@ -65,8 +65,8 @@ class Engine:
         for heads, head_dim in sorted(_attention_shapes(tower)):
             tune(attention, heads, head_dim, device, dtype)
         # What torch.compile made is not looked into.
-        self._gemms = make_gemms(device, dtype) if config.graph and not config.compile else None
-        self.ladder = Ladder(self.spec, self._forward_static, device, dtype, config, attention, self._gemms)
+        self.gemms = make_gemms(device, dtype) if config.graph and not config.compile else None
+        self.ladder = Ladder(self.spec, self._forward_static, device, dtype, config, attention, self.gemms)
         self.planner = Planner(self.spec, self.budgets, compiled=device.type == "cuda")
         self.staging = Staging(tower, device, config.metadata_cache)
         self._counters = Counters(config.graph and config.strict)
@@ -316,9 +316,9 @@ class Engine:
 
     def _forward_static(self, inputs: TowerBuffers) -> Outputs:
         """As `_forward`, on the static buffers of a budget: products run by the algorithms that were chosen for it."""
-        if self._gemms is None:
+        if self.gemms is None:
             return self._forward(inputs)
-        with self._gemms.applied():
+        with self.gemms.applied():
             return self._forward(inputs)
 
     def _compile_settings(self) -> AbstractContextManager[object]:

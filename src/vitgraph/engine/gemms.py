@@ -52,7 +52,8 @@ class Gemms:
 
     def __init__(self, library: CublasLt) -> None:
         self._library = library
-        self._chosen: dict[Problem, bytes] = {}
+        self.chosen: dict[Problem, bytes] = {}
+        """Algorithms, TORCH where that is left to torch."""
         self._seen: Weights | None = None
         self.runs = 0
         """Products that ran by an algorithm that was chosen here."""
@@ -90,8 +91,8 @@ class Gemms:
         for problem, weights in _of_budgets(seen, rows, budgets):
             algorithm = _from_hex(kept.get(problem.name))
             if algorithm is not None and (algorithm == TORCH or self._library.accepts(problem, algorithm)):
-                self._chosen[problem] = algorithm
-            elif problem not in self._chosen:
+                self.chosen[problem] = algorithm
+            elif problem not in self.chosen:
                 missing.append((problem, weights))
         if not missing:
             return
@@ -100,7 +101,7 @@ class Gemms:
         logger.info("choosing algorithms for %d products", len(missing))
         self._measure(missing)
         torch.cuda.empty_cache()  # graphs could not use what the trial runs leave
-        found = {problem.name: self._chosen[problem].hex() for problem, _ in missing if problem in self._chosen}
+        found = {problem.name: self.chosen[problem].hex() for problem, _ in missing if problem in self.chosen}
         if found:
             keep_entry(path, key, (read_entry(path, key) or {}) | found)
 
@@ -116,7 +117,7 @@ class Gemms:
                     coarse = problem.rows > FINE_ROWS or len(weights) < FEW_USES
                     near = before.pop(shape, None) if coarse else None
                     tried = candidates(self._library, problem) if near is None else self._acceptable(problem, near)
-                    chosen = self._chosen[problem] = trial.fastest(problem, tried, weights[:MOST_WEIGHTS])
+                    chosen = self.chosen[problem] = trial.fastest(problem, tried, weights[:MOST_WEIGHTS])
                     if near is None:
                         before[shape] = chosen
         except RuntimeError as error:  # too little memory, above all
@@ -132,7 +133,7 @@ class Gemms:
         if self._seen is not None:
             self._seen.setdefault(problem, []).append(product.weight)
             return None
-        algorithm = self._chosen.get(problem, TORCH)
+        algorithm = self.chosen.get(problem, TORCH)
         if algorithm == TORCH:
             return None
         x, out = product.x, product.out
