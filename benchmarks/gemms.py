@@ -4,7 +4,8 @@
 
 Needs a CUDA device. A line per number of rows and product, `columns x inner kind`: microseconds of one product in a
 graph of 16, eight weights in turn, so that weights come from memory as in a tower; both ways in turn, medians. `=` is
-where torch's algorithm is the choice. Then what choosing took, where the choices were not kept before. Random weights.
+where torch's algorithm is the choice. The first line says what capture took; algorithms are chosen in it, where they
+were not kept before. Random weights.
 """
 
 from __future__ import annotations
