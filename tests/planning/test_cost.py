@@ -36,7 +36,8 @@ def test_a_plan_is_never_worse_than_the_plain_packings(model, items) -> None:
             total = {kind: sum(sizes[i][k] for i in group) for k, kind in enumerate(largest)}
             smallest = next(i for i, b in enumerate(budgets) if fits(total, b.capacity))
             other += cost.replay(smallest, load, RULE.is_long(total))
-        assert chosen <= other * (1 + 1e-9), plain.__name__
+        # A made-up model may predict less than nothing.
+        assert chosen <= other + 1e-9 * abs(other), plain.__name__
 
 
 def holds(free: list[int], size: tuple[int, ...]) -> bool:
