@@ -65,13 +65,22 @@ TILES = _tiles()
 
 
 class _Kernels(NamedTuple):
-    """Every tile in every cluster; arrays are `[N]`."""
+    """Every tile in every cluster; arrays are `[N]`.
+
+    Attributes:
+        settings: of each.
+        columns, rows: of its tiles.
+        across, down: tiles of its cluster along the columns and the rows.
+        step, store: time of a tile, in products: of a step along the inner width, and beside all of these.
+    """
 
     settings: list[Setting]
     columns: np.ndarray
     rows: np.ndarray
-    cluster_columns: np.ndarray
-    cluster_rows: np.ndarray
+    across: np.ndarray
+    down: np.ndarray
+    step: np.ndarray
+    store: np.ndarray
 
 
 def candidates(library: CublasLt, problem: Problem) -> list[bytes]:
@@ -100,25 +109,23 @@ def by_predicted_time(problem: Problem, multiprocessors: int) -> list[Setting]:
         problem: to run.
         multiprocessors: of the GPU.
     """
-    kernels = _kernels()
-    rounds = -(-problem.columns // kernels.columns // kernels.cluster_columns) * kernels.cluster_columns
-    rounds *= -(-problem.rows // kernels.rows // kernels.cluster_rows) * kernels.cluster_rows
-    large = kernels.cluster_columns * kernels.cluster_rows >= LARGE_CLUSTER
-    rounds = -(-rounds // np.where(large, multiprocessors - multiprocessors // UNUSED, multiprocessors))
-    outputs = kernels.columns * kernels.rows
-    loads = kernels.columns / kernels.cluster_rows + kernels.rows / kernels.cluster_columns
-    time = problem.inner * (outputs + LOADS * loads + STEP) + STORE * outputs * (outputs > MOST_PINGPONG)
-    return [kernels.settings[at] for at in np.argsort(rounds * time, kind="stable")]
+    settings, columns, rows, across, down, step, store = _kernels()
+    tiles = -(-problem.columns // columns // across) * across * -(-problem.rows // rows // down) * down
+    large = across * down >= LARGE_CLUSTER
+    rounds = -(-tiles // np.where(large, multiprocessors - multiprocessors // UNUSED, multiprocessors))
+    return [settings[at] for at in np.argsort(rounds * (problem.inner * step + store), kind="stable")]
 
 
 @cache
 def _kernels() -> _Kernels:
     every = [(tile, cluster) for tile in TILES for cluster in CLUSTERS]
+    columns, rows, across, down = np.array([(*tile, *CLUSTERS[cluster]) for tile, cluster in every]).T
+    outputs = columns * rows
+    cooperative = outputs > MOST_PINGPONG
+    schedules = np.where(cooperative, COOPERATIVE, PINGPONG).tolist()
     return _Kernels(
-        [Setting(TILES[tile], cluster, _schedule(*tile)) for tile, cluster in every],
-        *np.array([(*tile, *CLUSTERS[cluster]) for tile, cluster in every]).T,
-    )
-
-
-def _schedule(columns: int, rows: int) -> int:
-    return PINGPONG if columns * rows <= MOST_PINGPONG else COOPERATIVE
+        [Setting(TILES[tile], cluster, schedule) for (tile, cluster), schedule in zip(every, schedules, strict=True)],
+        columns, rows, across, down,
+        step=outputs + LOADS * (columns / down + rows / across) + STEP,
+        store=STORE * outputs * cooperative,
+    )  # fmt: skip
