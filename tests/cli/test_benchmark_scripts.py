@@ -12,7 +12,6 @@ import torch
 from vitgraph import EncoderConfig, VisionEncoder
 from vitgraph.core import Grid
 from vitgraph.engine.cublaslt import Problem
-from vitgraph.layers.gemm import Product, products_by
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if "def main(" in path.read_text(encoding="utf-8"))
@@ -126,14 +125,21 @@ def test_plans_are_compared_up_to_one_factor() -> None:
     assert found["off"] == 1 and found["most"] == pytest.approx(50 / 44 - 1)
 
 
-@pytest.mark.parametrize("kind", ["plain", "bias", "gelu", "add"])
-def test_products_are_of_the_kind_that_was_chosen_for(kind) -> None:
+def test_products_are_timed_both_ways_with_many_weights() -> None:
     gemms = importlib.import_module("gemms")
-    problem = Problem(8, 6, 4, kind, torch.bfloat16)
-    run = gemms.product(problem, torch.device("cpu"))
-    offered: list[Product] = []
-    with products_by(lambda product: offered.append(product)):
-        for number in range(gemms.PRODUCTS):
-            assert run(number).shape == (8, 6)
-    assert {(p.kind, p.x.shape, p.weight.shape, p.x.dtype) for p in offered} == {(kind, (8, 4), (6, 4), torch.bfloat16)}
-    assert len({product.weight.data_ptr() for product in offered}) == gemms.MOST_WEIGHTS
+    problem, algorithm, asked = Problem(8, 6, 4, "bias", torch.bfloat16), b"\x01", []
+
+    class Trial:
+        def times(self, *given):
+            asked.append(given)
+            return [0.003, 0.001 * len(asked)]
+
+    found = gemms.line(Trial(), problem, algorithm, torch.device("cpu"))
+    assert found["torch_us"] == pytest.approx(3.0) and found["chosen_us"] == pytest.approx((gemms.ROUNDS + 1) / 2)
+    assert (found["rows"], found["columns"], found["inner"], found["kind"]) == (8, 6, 4, "bias")
+    assert not found["is_torch"]
+    for one, algorithms, weights, runs in asked:
+        assert (one, algorithms) == (problem, [gemms.TORCH, algorithm])
+        assert {(weight.shape, weight.dtype) for weight in weights} == {((6, 4), torch.bfloat16)}
+        assert len({weight.data_ptr() for weight in weights}) == gemms.MOST_WEIGHTS <= runs
+    assert gemms.line(Trial(), problem, gemms.TORCH, torch.device("cpu"))["is_torch"]

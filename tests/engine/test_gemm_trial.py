@@ -36,7 +36,7 @@ class Timed(Trial):
     def _run(self, problem: Problem, algorithm: bytes, weight: Tensor) -> None:
         self._library.run(problem, algorithm, weight, weight, None, weight)
 
-    def _times(self, problem: Problem, algorithms: Sequence[bytes], weights: Sequence[Tensor], runs: int):
+    def times(self, problem: Problem, algorithms: Sequence[bytes], weights: Sequence[Tensor], runs: int):
         self.asked.append((list(algorithms), runs))
         times = next(self.script)
         return [times[algorithm] for algorithm in algorithms]

@@ -86,7 +86,7 @@ def test_the_fastest_is_no_slower_than_torch(library: CublasLt) -> None:
     chosen = trial.fastest(problem, tried, weights)
     assert chosen in (TORCH, *tried)
     # What else runs on the GPU meanwhile may hit either of them.
-    rounds = [trial._times(problem, [TORCH, chosen], weights, 8) for _ in range(9)]
+    rounds = [trial.times(problem, [TORCH, chosen], weights, 8) for _ in range(9)]
     torches, own = (min(times) for times in zip(*rounds, strict=True))
     assert own <= 1.05 * torches
     assert trial.fastest(problem, [], weights) == TORCH

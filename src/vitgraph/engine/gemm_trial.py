@@ -67,11 +67,11 @@ class Trial:
         every = [TORCH, *(algorithm for algorithm in candidates if self._runs(problem, algorithm, weights[0]))]
         if len(every) == 1:
             return TORCH
-        times = self._times(problem, every, weights, _runs_in(SHORT_US, MOST_RUNS, problem))
+        times = self.times(problem, every, weights, _runs_in(SHORT_US, MOST_RUNS, problem))
         finalists = {0, *sorted(range(len(every)), key=times.__getitem__)[:FINALISTS]}
         again = [every[at] for at in sorted(finalists)]
         runs = _runs_in(FINAL_US, MOST_FINAL_RUNS, problem)
-        finals = [self._times(problem, again, weights, runs) for _ in range(FINALS)]
+        finals = [self.times(problem, again, weights, runs) for _ in range(FINALS)]
         least = [min(own) for own in zip(*finals, strict=True)]
         best = min(range(len(again)), key=least.__getitem__)
         return again[best] if least[best] < WORTH * least[0] else TORCH
@@ -88,10 +88,15 @@ class Trial:
         self._loaded.add((problem.kind, algorithm))
         return True
 
-    def _times(
-        self, problem: Problem, algorithms: Sequence[bytes], weights: Sequence[Tensor], runs: int
-    ) -> list[float]:
-        """Milliseconds of a run of each algorithm, the mean of so many, one after another on the GPU."""
+    def times(self, problem: Problem, algorithms: Sequence[bytes], weights: Sequence[Tensor], runs: int) -> list[float]:
+        """Milliseconds of a run of each algorithm, the mean of so many, one after another on the GPU.
+
+        Args:
+            problem: to run.
+            algorithms: that run; TORCH may be among them.
+            weights: `[columns, inner]`, which the runs take in turn.
+            runs: of each algorithm.
+        """
         marks, short = self._marks(len(algorithms) + 1), _guess(problem) < SHORT_US
         for _ in range(TRIES):
             start = time.perf_counter()
