@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor
 
+from vitgraph.engine import gemm_trial
 from vitgraph.engine.cublaslt import Problem
-from vitgraph.engine.gemm_trial import FINALS, MOST_FINAL_RUNS, MOST_RUNS, TORCH, WORTH, Trial
+from vitgraph.engine.gemm_trial import FINALISTS, FINALS, MOST_FINAL_RUNS, MOST_FIRST_RUNS, TORCH, WORTH, Trial
 
-ONE, TWO, THREE, BROKEN = b"\x01", b"\x02", b"\x03", b"\x04"
+ONE, TWO, THREE, FOUR, BROKEN = (bytes([number]) for number in range(1, 6))
 SHORT, LONG = (Problem(rows, 1152, 1152, "plain", torch.bfloat16) for rows in (256, 65536))
 
 
@@ -32,8 +34,10 @@ class Timed(Trial):
         small = Problem(8, 8, 8, "plain", torch.bfloat16)
         super().__init__(Library(), [small])  # type: ignore[arg-type]
         self.script, self.asked = iter(script), list[tuple[list[bytes], int]]()
+        self.ran: list[bytes] = []
 
     def _run(self, problem: Problem, algorithm: bytes, weight: Tensor) -> None:
+        self.ran.append(algorithm)
         self._library.run(problem, algorithm, weight, weight, None, weight)
 
     def times(self, problem: Problem, algorithms: Sequence[bytes], weights: Sequence[Tensor], runs: int):
@@ -47,11 +51,47 @@ def fastest(trial: Timed, candidates: Sequence[bytes], problem: Problem = SHORT)
 
 
 def test_the_finals_decide_among_the_fastest() -> None:
-    first = {TORCH: 1.0, ONE: 0.9, TWO: 0.8, THREE: 0.7}
+    first = {TORCH: 1.0, ONE: 0.9, TWO: 0.8, THREE: 0.7, FOUR: 0.85}
     # THREE was lucky, and TWO is not unlucky twice.
-    trial = Timed(first, {TORCH: 1.0, TWO: 0.8, THREE: 0.9}, {TORCH: 1.0, TWO: 1.1, THREE: 0.9})
-    assert fastest(trial, [ONE, TWO, THREE]) == TWO
-    assert trial.asked == [([TORCH, ONE, TWO, THREE], MOST_RUNS)] + [([TORCH, TWO, THREE], MOST_FINAL_RUNS)] * FINALS
+    last = {TORCH: 1.0, TWO: 0.8, THREE: 0.9, FOUR: 0.95}
+    trial = Timed(first, last, last | {TWO: 1.1})
+    assert fastest(trial, [ONE, TWO, THREE, FOUR]) == TWO
+    finalists = [TORCH, TWO, THREE, FOUR]
+    assert len(finalists) == FINALISTS + 1
+    assert trial.asked == [([TORCH, ONE, TWO, THREE, FOUR], MOST_FIRST_RUNS)] + [(finalists, MOST_FINAL_RUNS)] * FINALS
+
+
+class Mark:
+    """An event that the GPU never has yet, a millisecond after the one before."""
+
+    def record(self) -> None: ...
+    def synchronize(self) -> None: ...
+    def query(self) -> bool:
+        return False
+
+    def elapsed_time(self, after: Mark) -> float:
+        return 1.0
+
+
+def test_no_run_takes_the_weights_that_the_runs_before_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemm_trial, "spin", lambda microseconds: None)
+    monkeypatch.setattr(Trial, "_marks", lambda self, count: [Mark() for _ in range(count)])
+    weights, taken = [torch.full((1,), float(number)) for number in range(5)], list[float]()
+
+    class Watched(Library):
+        def run(self, problem: Problem, algorithm: bytes, *tensors: Tensor | None) -> None:
+            _, weight, *_ = tensors
+            assert weight is not None
+            taken.append(weight.item())
+
+    trial = Trial(Watched(), [SHORT])  # type: ignore[arg-type]
+    timed: list[float] = []
+    for _ in range(2):
+        taken.clear()
+        assert trial.times(SHORT, [ONE, TWO, THREE], weights, 3) == [1 / 3] * 3
+        timed += taken[1:]  # the first run of each time is not timed
+    assert len(timed) == 2 * 3 * 3
+    assert all((before + 1) % len(weights) == after for before, after in pairwise(timed))
 
 
 def test_long_products_run_once_for_a_time() -> None:
@@ -72,4 +112,5 @@ def test_what_does_not_run_is_not_timed() -> None:
     times = {TORCH: 1.0, ONE: 0.5}
     trial = Timed(times, times, times)
     assert fastest(trial, [BROKEN, ONE]) == ONE
+    assert trial.ran == [TORCH, BROKEN, ONE], "each once before the times, in which nothing should be loaded"
     assert all(BROKEN not in algorithms for algorithms, _ in trial.asked)

@@ -20,6 +20,7 @@ from vitgraph.core import Grid
 from vitgraph.engine import gemms as module
 from vitgraph.engine.cublaslt import Problem, Setting
 from vitgraph.engine.gemm_candidates import (
+    ALONE,
     BEST,
     CLUSTERS,
     COOPERATIVE,
@@ -354,11 +355,34 @@ def test_on_hopper_few_are_tried() -> None:
     assert Hopper.settings[ONE] in WORTH_A_TRIAL and Hopper.settings[TWO] not in WORTH_A_TRIAL
     for rows in (400, 1600, MOST_ROWS):
         problem = Problem(rows, 1152, 4352, "add", BF16)
-        ranked = by_predicted_time(problem, 132)
+        ranked = by_predicted_time(problem, 132)[0]
         assert len(ranked) == len(set(ranked)) == len(TILES) * len(CLUSTERS)
         there = [repr(setting).encode() for setting in ranked if setting.schedule != 5]
         assert candidates(Hopper(), problem) == [ONE, *there[:BEST]]  # type: ignore[arg-type]
     assert candidates(Library(), problem) == [ONE, TWO]  # type: ignore[arg-type]
+
+
+class Cooperative(Hopper):
+    """Has every kernel but the cooperative one of 64 x 64."""
+
+    def hopper(self, problem: Problem, setting: Setting) -> bytes | None:
+        return None if setting == Setting(TILES[64, 64], ALONE, COOPERATIVE) else repr(setting).encode()
+
+
+@pytest.mark.parametrize("rows, columns, tiles", [
+    (256, 3456, [(128, 64), (64, 128)]),
+    (400, 1152, [(64, 80)]),  # 64 x 64 leads
+    (4096, 3456, []),  # many rounds
+    (1764, 2304, []),  # one round of large tiles, which are cooperative anyhow
+    (576, 3456, [(128, 144), (128, 160)]),  # not 192 x 96, which stands between them
+])  # fmt: skip
+def test_where_one_round_makes_the_output_small_tiles_are_cooperative_too(
+    rows: int, columns: int, tiles: list[tuple[int, int]]
+) -> None:
+    problem = Problem(rows, columns, 1152, "bias", BF16)
+    tried = candidates(Cooperative(), problem)  # type: ignore[arg-type]
+    best = [repr(setting).encode() for setting in by_predicted_time(problem, 132)[0]][:BEST]
+    assert tried == [ONE, *best, *(repr(Setting(TILES[tile], ALONE, COOPERATIVE)).encode() for tile in tiles)]
 
 
 def sides(setting: Setting) -> tuple[int, int]:
@@ -383,7 +407,7 @@ def rounds(setting: Setting, rows: int, columns: int) -> int:
 def test_the_best_tiles_need_one_round_where_that_is_possible(rows: int, columns: int, first: int) -> None:
     """132 multiprocessors make tiles of at most 192 x 256."""
     assert rows * columns <= 132 * 192 * 256
-    best = by_predicted_time(Problem(rows, columns, 1152, "bias", BF16), 132)[:first]
+    best = by_predicted_time(Problem(rows, columns, 1152, "bias", BF16), 132)[0][:first]
     assert [rounds(setting, rows, columns) for setting in best] == [1] * first
     # The smallest such tile is nearly as small as one of them: it computes least beside the output.
     smallest = min(w * h for w, h in TILES if -(-columns // w) * -(-rows // h) <= 132)
@@ -391,14 +415,14 @@ def test_the_best_tiles_need_one_round_where_that_is_possible(rows: int, columns
 
 
 def test_many_rounds_are_few_idle_ones() -> None:
-    for setting in by_predicted_time(Problem(8192, 4352, 1152, "gelu", BF16), 132)[:BEST]:
+    for setting in by_predicted_time(Problem(8192, 4352, 1152, "gelu", BF16), 132)[0][:BEST]:
         wide, high = sides(setting)
         assert rounds(setting, 8192, 4352) * 132 * wide * high < 1.15 * 8192 * 4352
 
 
 def test_clusters_share_loads_and_pay_for_it_in_idle_multiprocessors() -> None:
     def order(rows: int) -> list[int]:
-        ranked = by_predicted_time(Problem(rows, 1024, 4096, "add", BF16), 132)
+        ranked, _ = by_predicted_time(Problem(rows, 1024, 4096, "add", BF16), 132)
         return [setting.cluster for setting in ranked if sides(setting) == (128, 128)]
 
     # 8 x 12 tiles fit in one round in every cluster, 8 x 15 where 4 of them need not divide the 15; of 8 x 16 those in
@@ -409,7 +433,8 @@ def test_clusters_share_loads_and_pay_for_it_in_idle_multiprocessors() -> None:
 
 
 def test_large_tiles_are_cooperative() -> None:
-    schedules = {sides(setting): setting.schedule for setting in by_predicted_time(Problem(8, 8, 8, "bias", BF16), 132)}
+    ranked, _ = by_predicted_time(Problem(8, 8, 8, "bias", BF16), 132)
+    schedules = {sides(setting): setting.schedule for setting in ranked}
     assert {tile for tile, schedule in schedules.items() if schedule == PINGPONG} == {
         (wide, high) for wide, high in TILES if wide * high <= MOST_PINGPONG
     }

@@ -19,10 +19,16 @@ WORTH_A_TRIAL = {
 }
 """Of what the heuristics name on Hopper: tiles of 128 x 128, 112 x 128, 168 x 64, 64 x 136 and 64 x 72."""
 
-BEST = 6
+BEST = 5
 """So many of the other kernels are tried beside these."""
 
-CLUSTERS = {2: (1, 1), 3: (2, 1), 4: (4, 1), 9: (2, 4)}
+FORMS, UNEVEN = 2, 192
+"""Of so many of their tiles the cooperative form is tried, too, where one round of tiles makes the output: there is no
+next tile then to compute while one is stored. Not of tiles of UNEVEN columns, which its two groups of warps share
+badly."""
+
+ALONE = 2
+CLUSTERS = {ALONE: (1, 1), 3: (2, 1), 4: (4, 1), 9: (2, 4)}
 """The library's number -> tiles beside each other along the columns and the rows of the output. With more of them there
 would be more kernels to load, and none faster among the best."""
 
@@ -62,6 +68,7 @@ def _tiles() -> dict[tuple[int, int], int]:
 
 
 TILES = _tiles()
+EVEN = {number for (columns, _), number in TILES.items() if columns != UNEVEN}
 
 
 class _Kernels(NamedTuple):
@@ -89,18 +96,22 @@ def candidates(library: CublasLt, problem: Problem) -> list[bytes]:
     if not library.is_hopper:
         return named
     chosen = [algorithm for algorithm in named if library.setting(algorithm) in WORTH_A_TRIAL]
-    made: list[bytes] = []
-    for setting in by_predicted_time(problem, library.multiprocessors):
+    ranked, rounds = by_predicted_time(problem, library.multiprocessors)
+    made: dict[bytes, Setting] = {}
+    for setting in ranked:
         algorithm = library.hopper(problem, setting)
         if algorithm is not None and algorithm not in chosen:
-            made.append(algorithm)
+            made[algorithm] = setting
         if len(made) == BEST:
             break
-    return chosen + made
+    one_round = [own for own in made.values() if own.schedule == PINGPONG and rounds[own] == 1 and own.tile in EVEN]
+    tiles = list(dict.fromkeys(own.tile for own in one_round))[:FORMS]
+    forms = [library.hopper(problem, Setting(tile, ALONE, COOPERATIVE)) for tile in tiles]
+    return [*chosen, *made, *(form for form in forms if form is not None and form not in chosen)]
 
 
-def by_predicted_time(problem: Problem, multiprocessors: int) -> list[Setting]:
-    """All kernels, what is predicted to take least time first.
+def by_predicted_time(problem: Problem, multiprocessors: int) -> tuple[list[Setting], dict[Setting, int]]:
+    """All kernels, what is predicted to take least time first, and how many tiles a multiprocessor makes with each.
 
     Every multiprocessor makes one tile after another. A tile's step along the inner width takes the time of its
     products, of its loads, which a cluster shares, and some of its own.
@@ -113,7 +124,8 @@ def by_predicted_time(problem: Problem, multiprocessors: int) -> list[Setting]:
     tiles = -(-problem.columns // columns // across) * across * -(-problem.rows // rows // down) * down
     large = across * down >= LARGE_CLUSTER
     rounds = -(-tiles // np.where(large, multiprocessors - multiprocessors // UNUSED, multiprocessors))
-    return [settings[at] for at in np.argsort(rounds * (problem.inner * step + store), kind="stable")]
+    ranked = [settings[at] for at in np.argsort(rounds * (problem.inner * step + store), kind="stable")]
+    return ranked, dict(zip(settings, rounds.tolist(), strict=True))
 
 
 @cache

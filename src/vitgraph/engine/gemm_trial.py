@@ -12,7 +12,6 @@ from torch import Tensor
 
 from vitgraph.attention.trial import spin
 from vitgraph.engine.cublaslt import CublasLt, Problem
-from vitgraph.layers.gemm import Kind
 
 logger = logging.getLogger("vitgraph")
 
@@ -27,10 +26,10 @@ SHORT_US, HOST_US, FLOPS_PER_US = 30.0, 100.0, 500e6
 """Products that take less than the first are short; those that take more than the second leave any host the time to
 queue the next one. How long one takes is guessed from what an H100 does."""
 
-MOST_RUNS = 2
-"""A short product runs up to so often for one time."""
+FIRST_US, MOST_FIRST_RUNS = 100.0, 4
+"""For its first time an algorithm runs for about so long, so often at most."""
 
-FINALISTS, FINALS, FINAL_US, MOST_FINAL_RUNS = 2, 2, 120.0, 8
+FINALISTS, FINALS, FINAL_US, MOST_FINAL_RUNS = 3, 2, 200.0, 8
 """After these times, so many of the fastest and torch's own meet again so often, each for about so long; their first
 times no longer count, as they were chosen by them."""
 
@@ -50,8 +49,8 @@ class Trial:
         device, dtype = library.device, problems[0].dtype
         self._library = library
         self._lead = LEAD_US
-        self._loaded: set[tuple[Kind, bytes]] = set()
         self._events: list[torch.cuda.Event] = []
+        self._turn = 0
         self._x = torch.randn(max(p.rows * p.inner for p in problems), device=device, dtype=dtype)
         self._out = torch.zeros(max(p.rows * p.columns for p in problems), device=device, dtype=dtype)
         self._bias = torch.randn(max(p.columns for p in problems), device=device, dtype=dtype)
@@ -64,10 +63,11 @@ class Trial:
             candidates: algorithms.
             weights: `[columns, inner]`, at least one.
         """
+        self._run(problem, TORCH, weights[0])
         every = [TORCH, *(algorithm for algorithm in candidates if self._runs(problem, algorithm, weights[0]))]
         if len(every) == 1:
             return TORCH
-        times = self.times(problem, every, weights, _runs_in(SHORT_US, MOST_RUNS, problem))
+        times = self.times(problem, every, weights, _runs_in(FIRST_US, MOST_FIRST_RUNS, problem))
         finalists = {0, *sorted(range(len(every)), key=times.__getitem__)[:FINALISTS]}
         again = [every[at] for at in sorted(finalists)]
         runs = _runs_in(FINAL_US, MOST_FINAL_RUNS, problem)
@@ -77,15 +77,12 @@ class Trial:
         return again[best] if least[best] < WORTH * least[0] else TORCH
 
     def _runs(self, problem: Problem, algorithm: bytes, weight: Tensor) -> bool:
-        """Whether it runs, once per kernel: the driver loads each when it runs first, which should not be timed."""
-        if (problem.kind, algorithm) in self._loaded:
-            return True
+        """Whether it runs. The first run of a kernel, which loads it, should not be timed."""
         try:
             self._run(problem, algorithm, weight)
         except RuntimeError as error:
             logger.debug("an algorithm for %s does not run: %s", problem.name, error)
             return False
-        self._loaded.add((problem.kind, algorithm))
         return True
 
     def times(self, problem: Problem, algorithms: Sequence[bytes], weights: Sequence[Tensor], runs: int) -> list[float]:
@@ -94,7 +91,8 @@ class Trial:
         Args:
             problem: to run.
             algorithms: that run; TORCH may be among them.
-            weights: `[columns, inner]`, which the runs take in turn.
+            weights: `[columns, inner]`, which all runs take in turn: none finds its own in the cache if they are larger
+                than that.
             runs: of each algorithm.
         """
         marks, short = self._marks(len(algorithms) + 1), _guess(problem) < SHORT_US
@@ -105,8 +103,9 @@ class Trial:
             self._run(problem, algorithms[-1], weights[0])  # the first run after a pause takes longer
             marks[0].record()
             for algorithm, mark in zip(algorithms, marks[1:], strict=True):
-                for run in range(runs):
-                    self._run(problem, algorithm, weights[run % len(weights)])
+                for _ in range(runs):
+                    self._turn += 1
+                    self._run(problem, algorithm, weights[self._turn % len(weights)])
                 mark.record()
             self._lead = max(LEAD_US, LEAD_MARGIN * (time.perf_counter() - start) * 1e6)
             late = short and marks[0].query()

@@ -24,14 +24,14 @@ from vitgraph.workspace import without_workspace
 logger = logging.getLogger("vitgraph")
 
 DTYPES = (torch.bfloat16, torch.float16)
-MOST_WEIGHTS = 8
+MOST_WEIGHTS = 32
 """Weights that trial runs of a problem go through, so that they come from memory as in a tower, not from the cache."""
 
 FINE_ROWS, FEW_USES = 4096, 8
 """See `Gemms._measure`."""
 
-GENERATION = 2
-"""Of what is kept: grows where faster algorithms are tried than before."""
+GENERATION = 3
+"""Of what is kept: grows where faster algorithms are found than before."""
 
 MOST_ROWS = 16384
 """Budgets of more pixel rows are left to torch: few calls fill them, and trial runs take longer."""
