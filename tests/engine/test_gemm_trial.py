@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vitgraph.engine import gemm_trial
-from vitgraph.engine.cublaslt import Problem
+from vitgraph.engine.cublaslt import Problem, Setting
 from vitgraph.engine.gemm_trial import FINALISTS, FINALS, MOST_FINAL_RUNS, MOST_FIRST_RUNS, TORCH, WORTH, Trial
 
 ONE, TWO, THREE, FOUR, BROKEN = (bytes([number]) for number in range(1, 6))
@@ -21,6 +21,9 @@ class Library:
     """Runs nothing; BROKEN fails."""
 
     device = torch.device("cpu")
+
+    def setting(self, algorithm: bytes) -> Setting:
+        return Setting(algorithm[0], 2, 5)
 
     def run(self, problem: Problem, algorithm: bytes, *tensors: Tensor | None) -> None:
         if algorithm == BROKEN:
@@ -59,6 +62,14 @@ def test_the_finals_decide_among_the_fastest() -> None:
     finalists = [TORCH, TWO, THREE, FOUR]
     assert len(finalists) == FINALISTS + 1
     assert trial.asked == [([TORCH, ONE, TWO, THREE, FOUR], MOST_FIRST_RUNS)] + [(finalists, MOST_FINAL_RUNS)] * FINALS
+
+
+def test_a_debug_log_tells_all_times(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("DEBUG", "vitgraph"):
+        fastest(Timed({TORCH: 1.0, ONE: 0.5}, {TORCH: 0.9, ONE: 0.4}, {TORCH: 0.8, ONE: 0.6}), [ONE])
+    first, finals = caplog.messages
+    assert first == "256 x 1152 x 1152 plain bfloat16, tile/cluster/schedule us: torch 1000.00, 1/2/5 500.00"
+    assert finals.endswith(" us: torch 800.00, 1/2/5 400.00")
 
 
 class Mark:

@@ -68,11 +68,13 @@ class Trial:
         if len(every) == 1:
             return TORCH
         times = self.times(problem, every, weights, _runs_in(FIRST_US, MOST_FIRST_RUNS, problem))
+        self._tell(problem, every, times)
         finalists = {0, *sorted(range(len(every)), key=times.__getitem__)[:FINALISTS]}
         again = [every[at] for at in sorted(finalists)]
         runs = _runs_in(FINAL_US, MOST_FINAL_RUNS, problem)
         finals = [self.times(problem, again, weights, runs) for _ in range(FINALS)]
         least = [min(own) for own in zip(*finals, strict=True)]
+        self._tell(problem, again, least)
         best = min(range(len(again)), key=least.__getitem__)
         return again[best] if least[best] < WORTH * least[0] else TORCH
 
@@ -113,6 +115,12 @@ class Trial:
             if not late:
                 break
         return [before.elapsed_time(after) / runs for before, after in pairwise(marks)]
+
+    def _tell(self, problem: Problem, algorithms: Sequence[bytes], times: Sequence[float]) -> None:
+        if logger.isEnabledFor(logging.DEBUG):
+            names = ["torch" if own == TORCH else "/".join(map(str, self._library.setting(own))) for own in algorithms]
+            told = (f"{name} {time * 1e3:.2f}" for name, time in zip(names, times, strict=True))
+            logger.debug("%s, tile/cluster/schedule us: %s", problem.name, ", ".join(told))
 
     def _marks(self, count: int) -> list[torch.cuda.Event]:
         """Events, kept for the next time: they take longer to make than to record."""
