@@ -2,8 +2,8 @@
 
     python benchmarks/gemms.py [--geometry qwen3-vl-8b] [--json FILE]
 
-Needs a CUDA device. A line per number of rows and product, `columns x inner kind`: microseconds of one product, eight
-weights in turn, so that weights come from memory as in a tower; both ways in turn, medians. `=` is where torch's
+Needs a CUDA device. A line per number of rows and product, `columns x inner kind`: microseconds of one product, its
+weights in turn, so that they come from memory as in a tower; both ways in turn, medians. `=` is where torch's
 algorithm is the choice. The first line says what capture took; algorithms are chosen in it, where they were not kept
 before. Random weights.
 """
@@ -24,7 +24,7 @@ from vitgraph.engine.gemms import MOST_ROWS, MOST_WEIGHTS
 from vitgraph.workspace import without_workspace
 
 ROWS = (256, 512, 1024, 1536, 2304, 3072, 4096, 6144, 8192, 10240, 12288, MOST_ROWS)
-RUNS, ROUNDS = 2 * MOST_WEIGHTS, 15
+ROUNDS = 15
 
 
 def random_weights(problem: Problem, device: torch.device) -> list[Tensor]:
@@ -36,7 +36,7 @@ def random_weights(problem: Problem, device: torch.device) -> list[Tensor]:
 def line(trial: Trial, problem: Problem, algorithm: bytes, device: torch.device) -> dict[str, Any]:
     """Microseconds of one product, both ways."""
     weights = random_weights(problem, device)
-    rounds = [trial.times(problem, [TORCH, algorithm], weights, RUNS) for _ in range(ROUNDS)]
+    rounds = [trial.times(problem, [TORCH, algorithm], weights, MOST_WEIGHTS) for _ in range(ROUNDS)]
     torchs, chosen = (statistics.median(times) * 1e3 for times in zip(*rounds, strict=True))
     return {
         "rows": problem.rows, "columns": problem.columns, "inner": problem.inner, "kind": problem.kind,

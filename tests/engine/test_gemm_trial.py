@@ -123,5 +123,13 @@ def test_what_does_not_run_is_not_timed() -> None:
     times = {TORCH: 1.0, ONE: 0.5}
     trial = Timed(times, times, times)
     assert fastest(trial, [BROKEN, ONE]) == ONE
-    assert trial.ran == [TORCH, BROKEN, ONE], "each once before the times, in which nothing should be loaded"
+    assert trial.ran == [BROKEN, ONE], "each once before the times, in which nothing should be loaded"
+
+
+def test_a_kernel_is_loaded_once_for_all_products_of_its_kind() -> None:
+    times = {TORCH: 1.0, ONE: 0.5}
+    trial = Timed(*[times] * 9)
+    for problem in (SHORT, LONG, SHORT._replace(kind="bias")):
+        assert fastest(trial, [ONE], problem) == ONE
+    assert trial.ran == [ONE, ONE]
     assert all(BROKEN not in algorithms for algorithms, _ in trial.asked)

@@ -107,7 +107,7 @@ def candidates(library: CublasLt, problem: Problem) -> list[bytes]:
     one_round = [own for own in made.values() if own.schedule == PINGPONG and rounds[own] == 1 and own.tile in EVEN]
     tiles = list(dict.fromkeys(own.tile for own in one_round))[:FORMS]
     forms = [library.hopper(problem, Setting(tile, ALONE, COOPERATIVE)) for tile in tiles]
-    return [*chosen, *made, *(form for form in forms if form is not None and form not in chosen)]
+    return [*chosen, *made, *(form for form in forms if form is not None)]
 
 
 def by_predicted_time(problem: Problem, multiprocessors: int) -> tuple[list[Setting], dict[Setting, int]]:

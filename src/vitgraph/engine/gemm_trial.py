@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vitgraph.attention.trial import spin
 from vitgraph.engine.cublaslt import CublasLt, Problem
+from vitgraph.layers.gemm import Kind
 
 logger = logging.getLogger("vitgraph")
 
@@ -49,6 +50,7 @@ class Trial:
         device, dtype = library.device, problems[0].dtype
         self._library = library
         self._lead = LEAD_US
+        self._loaded: set[tuple[Kind, bytes]] = set()
         self._events: list[torch.cuda.Event] = []
         self._turn = 0
         self._x = torch.randn(max(p.rows * p.inner for p in problems), device=device, dtype=dtype)
@@ -63,7 +65,6 @@ class Trial:
             candidates: algorithms.
             weights: `[columns, inner]`, at least one.
         """
-        self._run(problem, TORCH, weights[0])
         every = [TORCH, *(algorithm for algorithm in candidates if self._runs(problem, algorithm, weights[0]))]
         if len(every) == 1:
             return TORCH
@@ -79,12 +80,15 @@ class Trial:
         return again[best] if least[best] < WORTH * least[0] else TORCH
 
     def _runs(self, problem: Problem, algorithm: bytes, weight: Tensor) -> bool:
-        """Whether it runs. The first run of a kernel, which loads it, should not be timed."""
+        """Whether it runs, once per kernel: the driver loads each when it runs first, which should not be timed."""
+        if (problem.kind, algorithm) in self._loaded:
+            return True
         try:
             self._run(problem, algorithm, weight)
         except RuntimeError as error:
             logger.debug("an algorithm for %s does not run: %s", problem.name, error)
             return False
+        self._loaded.add((problem.kind, algorithm))
         return True
 
     def times(self, problem: Problem, algorithms: Sequence[bytes], weights: Sequence[Tensor], runs: int) -> list[float]:
