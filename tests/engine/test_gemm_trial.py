@@ -11,7 +11,19 @@ from torch import Tensor
 
 from vitgraph.engine import gemm_trial
 from vitgraph.engine.cublaslt import Problem, Setting
-from vitgraph.engine.gemm_trial import FINALISTS, FINALS, MOST_FINAL_RUNS, MOST_FIRST_RUNS, TORCH, WORTH, Trial
+from vitgraph.engine.gemm_trial import (
+    FINALISTS,
+    FINALS,
+    HOST_MARGIN,
+    LEAD_US,
+    MOST_FINAL_RUNS,
+    MOST_FIRST_RUNS,
+    NEAR,
+    TORCH,
+    WORTH,
+    Trial,
+    _guess,
+)
 
 ONE, TWO, THREE, FOUR, BROKEN = (bytes([number]) for number in range(1, 6))
 SHORT, LONG = (Problem(rows, 1152, 1152, "plain", torch.bfloat16) for rows in (256, 65536))
@@ -54,7 +66,7 @@ def fastest(trial: Timed, candidates: Sequence[bytes], problem: Problem = SHORT)
 
 
 def test_the_finals_decide_among_the_fastest() -> None:
-    first = {TORCH: 1.0, ONE: 0.9, TWO: 0.8, THREE: 0.7, FOUR: 0.85}
+    first = {TORCH: 0.76, ONE: 0.77, TWO: 0.73, THREE: 0.7, FOUR: 0.75}
     # THREE was lucky, and TWO is not unlucky twice.
     last = {TORCH: 1.0, TWO: 0.8, THREE: 0.9, FOUR: 0.95}
     trial = Timed(first, last, last | {TWO: 1.1})
@@ -64,11 +76,24 @@ def test_the_finals_decide_among_the_fastest() -> None:
     assert trial.asked == [([TORCH, ONE, TWO, THREE, FOUR], MOST_FIRST_RUNS)] + [(finalists, MOST_FINAL_RUNS)] * FINALS
 
 
+def test_what_is_far_behind_does_not_meet_again() -> None:
+    first = {TORCH: 0.5 * NEAR + 0.01, ONE: 0.5, TWO: 0.5 * NEAR - 0.01, THREE: 0.5 * NEAR + 0.02}
+    trial = Timed(first, *[{ONE: 0.5, TWO: 0.49}] * FINALS)
+    assert fastest(trial, [ONE, TWO, THREE]) == TWO, "of two that are near each other none must be WORTH it"
+    assert [algorithms for algorithms, _ in trial.asked[1:]] == [[ONE, TWO]] * FINALS
+
+
+@pytest.mark.parametrize("best, other", [(ONE, TORCH), (TORCH, ONE)])
+def test_one_that_leads_by_far_needs_no_finals(best: bytes, other: bytes) -> None:
+    trial = Timed({best: 0.5, other: 0.5 * NEAR + 0.01})
+    assert fastest(trial, [ONE]) == best
+
+
 def test_a_debug_log_tells_all_times(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("DEBUG", "vitgraph"):
-        fastest(Timed({TORCH: 1.0, ONE: 0.5}, {TORCH: 0.9, ONE: 0.4}, {TORCH: 0.8, ONE: 0.6}), [ONE])
+        fastest(Timed({TORCH: 0.5, ONE: 0.5}, {TORCH: 0.9, ONE: 0.4}, {TORCH: 0.8, ONE: 0.6}), [ONE])
     first, finals = caplog.messages
-    assert first == "256 x 1152 x 1152 plain bfloat16, tile/cluster/schedule us: torch 1000.00, 1/2/5 500.00"
+    assert first == "256 x 1152 x 1152 plain bfloat16, tile/cluster/schedule us: torch 500.00, 1/2/5 500.00"
     assert finals.endswith(" us: torch 800.00, 1/2/5 400.00")
 
 
@@ -106,7 +131,7 @@ def test_no_run_takes_the_weights_that_the_runs_before_it_took(monkeypatch: pyte
 
 
 def test_long_products_run_once_for_a_time() -> None:
-    times = {TORCH: 1.0, ONE: 0.5}
+    times = {TORCH: 1.0, ONE: 0.95}
     trial = Timed(times, times, times)
     assert fastest(trial, [ONE], LONG) == ONE
     assert [runs for _, runs in trial.asked] == [1, 1, 1]
@@ -120,16 +145,104 @@ def test_torch_s_own_stays_unless_another_is_worth_it(share: float, taken: bytes
 
 def test_what_does_not_run_is_not_timed() -> None:
     assert fastest(Timed(), [BROKEN]) == TORCH
-    times = {TORCH: 1.0, ONE: 0.5}
-    trial = Timed(times, times, times)
+    trial = Timed({TORCH: 1.0, ONE: 0.5})
     assert fastest(trial, [BROKEN, ONE]) == ONE
-    assert trial.ran == [BROKEN, ONE], "each once before the times, in which nothing should be loaded"
-    assert all(BROKEN not in algorithms for algorithms, _ in trial.asked)
+    assert trial.asked[0][0] == [TORCH, ONE]
 
 
-def test_a_kernel_is_loaded_once_for_all_products_of_its_kind() -> None:
-    times = {TORCH: 1.0, ONE: 0.5}
-    trial = Timed(*[times] * 9)
-    for problem in (SHORT, LONG, SHORT._replace(kind="bias")):
+def test_all_run_once_for_each_product_before_they_are_timed() -> None:
+    # An algorithm is another kernel for another product, perhaps, and kernels are loaded when they run first.
+    trial = Timed(*[{TORCH: 1.0, ONE: 0.5}] * 3)
+    for count, problem in enumerate((SHORT, SHORT._replace(rows=512), LONG), 1):
         assert fastest(trial, [ONE], problem) == ONE
-    assert trial.ran == [ONE, ONE]
+        assert trial.ran == [ONE, TORCH] * count
+
+
+class Clocks:
+    """A host that queues work and a GPU that does it, microseconds.
+
+    Args:
+        host_us: takes the host for a run.
+        gpu_us: takes each algorithm.
+        stalls: more that a run takes the host, by its number.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, host_us: float, gpu_us: dict[bytes, float], stalls: dict[int, float]) -> None:
+        self.host_us, self.gpu_us, self.stalls = host_us, gpu_us, stalls
+        self.host = self.gpu = 0.0
+        self.runs = 0
+        self.leads: list[float] = []
+
+    def perf_counter(self) -> float:
+        return self.host / 1e6
+
+    def spin(self, microseconds: float) -> None:
+        self.leads.append(microseconds)
+        self.gpu = max(self.gpu, self.host) + microseconds
+
+    def run(self, problem: Problem, algorithm: bytes, *tensors: Tensor | None) -> None:
+        self.host += self.host_us + self.stalls.get(self.runs, 0.0)
+        self.gpu = max(self.gpu, self.host) + self.gpu_us[algorithm]
+        self.runs += 1
+
+
+class ClockMark:
+    """An event of these clocks."""
+
+    def __init__(self, clocks: Clocks) -> None:
+        self.clocks, self.at = clocks, 0.0
+
+    def record(self) -> None:
+        self.at = max(self.clocks.gpu, self.clocks.host)
+
+    def synchronize(self) -> None:
+        self.clocks.host = max(self.clocks.host, self.at)
+
+    def query(self) -> bool:
+        return self.at <= self.clocks.host
+
+    def elapsed_time(self, after: ClockMark) -> float:
+        return (after.at - self.at) / 1e3
+
+
+GPU_US = {ONE: 8.0, TWO: 9.0, THREE: 40.0}
+LARGER = Problem(2048, 2048, 2048, "plain", torch.bfloat16)
+"""Takes an H100 longer than the host below."""
+
+
+@pytest.fixture
+def timed_by(monkeypatch: pytest.MonkeyPatch):
+    """A trial by such clocks."""
+
+    def make(host_us: float, stalls: dict[int, float]) -> tuple[Trial, Clocks]:
+        clocks = Clocks(host_us, GPU_US, stalls)
+        monkeypatch.setattr(gemm_trial, "spin", clocks.spin)
+        monkeypatch.setattr(gemm_trial, "time", clocks)
+        monkeypatch.setattr(Trial, "_marks", lambda self, count: [ClockMark(clocks) for _ in range(count)])
+        return Trial(clocks, [SHORT, LARGER]), clocks  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.mark.parametrize("host_us", [2.0, 20.0, 60.0])
+@pytest.mark.parametrize("stalls", [{}, {6: 3000.0}, {0: 3000.0}, {9: 500.0}])
+def test_times_are_the_gpu_s_however_slow_the_host_is(timed_by, host_us: float, stalls: dict[int, float]) -> None:
+    trial, _ = timed_by(host_us, stalls)
+    for _ in range(2):
+        times = trial.times(SHORT, [ONE, TWO, THREE], [torch.zeros(1)], 4)
+        assert [time * 1e3 for time in times] == pytest.approx([8.0, 9.0, 40.0])
+
+
+def test_the_gpu_waits_no_longer_than_the_host_needs(timed_by) -> None:
+    trial, clocks = timed_by(20.0, {})
+    leads = []
+    for problem in (SHORT, SHORT, LARGER):
+        clocks.leads.clear()
+        trial.times(problem, [ONE, TWO, THREE], [torch.zeros(1)], 4)
+        leads.append([*clocks.leads])
+    each = 20.0 * 13 / 12  # one run more than are timed
+    assert leads[0][0] == LEAD_US, "nothing is known of the host yet"
+    assert leads[1] == pytest.approx([LEAD_US + 12 * (HOST_MARGIN * each - _guess(SHORT))]), "in time at once"
+    assert leads[2][0] == LEAD_US

@@ -12,27 +12,25 @@ from torch import Tensor
 
 from vitgraph.attention.trial import spin
 from vitgraph.engine.cublaslt import CublasLt, Problem
-from vitgraph.layers.gemm import Kind
 
 logger = logging.getLogger("vitgraph")
 
 TORCH = b""
 """Stands for the algorithm that torch takes."""
 
-LEAD_US, LEAD_MARGIN, TRIES = 100.0, 1.5, 3
-"""The GPU spins at least so long while the host queues runs, and LEAD_MARGIN times as long as that took the last time:
-else launches would be timed. Where the host was late nevertheless, short runs are timed again."""
+LEAD_US, HOST_MARGIN, TRIES = 100.0, 1.5, 3
+"""While the host queues runs the GPU spins: so long, and what the host needs beyond the runs' own time if each takes it
+HOST_MARGIN times what it took the last time. If the host was late all are timed again, up to so many times."""
 
-SHORT_US, HOST_US, FLOPS_PER_US = 30.0, 100.0, 500e6
-"""Products that take less than the first are short; those that take more than the second leave any host the time to
-queue the next one. How long one takes is guessed from what an H100 does."""
+FLOPS_PER_US = 500e6
+"""How long a product takes is guessed from what an H100 does."""
 
 FIRST_US, MOST_FIRST_RUNS = 100.0, 4
 """For its first time an algorithm runs for about so long, so often at most."""
 
-FINALISTS, FINALS, FINAL_US, MOST_FINAL_RUNS = 3, 2, 200.0, 8
-"""After these times, so many of the fastest and torch's own meet again so often, each for about so long; their first
-times no longer count, as they were chosen by them."""
+FINALISTS, NEAR, FINALS, FINAL_US, MOST_FINAL_RUNS = 3, 1.1, 2, 200.0, 8
+"""After these times, so many of the fastest and torch's own meet again so often, each for about so long, but for those
+that took more than NEAR times the least; their first times no longer count, as they were chosen by them."""
 
 WORTH = 0.985
 """An algorithm must take less than this share of the time of torch's own."""
@@ -49,8 +47,7 @@ class Trial:
     def __init__(self, library: CublasLt, problems: Sequence[Problem]) -> None:
         device, dtype = library.device, problems[0].dtype
         self._library = library
-        self._lead = LEAD_US
-        self._loaded: set[tuple[Kind, bytes]] = set()
+        self._host_us = 0.0
         self._events: list[torch.cuda.Event] = []
         self._turn = 0
         self._x = torch.randn(max(p.rows * p.inner for p in problems), device=device, dtype=dtype)
@@ -68,27 +65,28 @@ class Trial:
         every = [TORCH, *(algorithm for algorithm in candidates if self._runs(problem, algorithm, weights[0]))]
         if len(every) == 1:
             return TORCH
+        self._run(problem, TORCH, weights[0])
         times = self.times(problem, every, weights, _runs_in(FIRST_US, MOST_FIRST_RUNS, problem))
         self._tell(problem, every, times)
         finalists = {0, *sorted(range(len(every)), key=times.__getitem__)[:FINALISTS]}
-        again = [every[at] for at in sorted(finalists)]
+        again = [every[at] for at in sorted(finalists) if times[at] <= NEAR * min(times)]
+        if len(again) == 1:
+            return again[0]
         runs = _runs_in(FINAL_US, MOST_FINAL_RUNS, problem)
         finals = [self.times(problem, again, weights, runs) for _ in range(FINALS)]
-        least = [min(own) for own in zip(*finals, strict=True)]
-        self._tell(problem, again, least)
-        best = min(range(len(again)), key=least.__getitem__)
-        return again[best] if least[best] < WORTH * least[0] else TORCH
+        least = dict(zip(again, (min(own) for own in zip(*finals, strict=True)), strict=True))
+        self._tell(problem, again, list(least.values()))
+        best = min(again, key=least.__getitem__)
+        return best if TORCH not in least or least[best] < WORTH * least[TORCH] else TORCH
 
     def _runs(self, problem: Problem, algorithm: bytes, weight: Tensor) -> bool:
-        """Whether it runs, once per kernel: the driver loads each when it runs first, which should not be timed."""
-        if (problem.kind, algorithm) in self._loaded:
-            return True
+        """Whether it runs. The driver loads a kernel when it runs first, which should not be timed; and which kernel an
+        algorithm is depends on the problem, too."""
         try:
             self._run(problem, algorithm, weight)
         except RuntimeError as error:
             logger.debug("an algorithm for %s does not run: %s", problem.name, error)
             return False
-        self._loaded.add((problem.kind, algorithm))
         return True
 
     def times(self, problem: Problem, algorithms: Sequence[bytes], weights: Sequence[Tensor], runs: int) -> list[float]:
@@ -101,23 +99,25 @@ class Trial:
                 than that.
             runs: of each algorithm.
         """
-        marks, short = self._marks(len(algorithms) + 1), _guess(problem) < SHORT_US
+        marks, count = self._marks(len(algorithms) + 1), runs * len(algorithms)
+        lead = LEAD_US + count * max(0.0, HOST_MARGIN * self._host_us - _guess(problem))
         for _ in range(TRIES):
-            start = time.perf_counter()
-            if _guess(problem) < HOST_US:
-                spin(self._lead)
+            start, late = time.perf_counter(), False
+            spin(lead)
             self._run(problem, algorithms[-1], weights[0])  # the first run after a pause takes longer
             marks[0].record()
-            for algorithm, mark in zip(algorithms, marks[1:], strict=True):
+            for algorithm, before, mark in zip(algorithms, marks[:-1], marks[1:], strict=True):
                 for _ in range(runs):
                     self._turn += 1
                     self._run(problem, algorithm, weights[self._turn % len(weights)])
+                late = late or before.query()
                 mark.record()
-            self._lead = max(LEAD_US, LEAD_MARGIN * (time.perf_counter() - start) * 1e6)
-            late = short and marks[0].query()
+            queued_us = (time.perf_counter() - start) * 1e6
+            self._host_us = queued_us / count
             marks[-1].synchronize()
             if not late:
                 break
+            lead += queued_us
         return [before.elapsed_time(after) / runs for before, after in pairwise(marks)]
 
     def _tell(self, problem: Problem, algorithms: Sequence[bytes], times: Sequence[float]) -> None:

@@ -30,7 +30,7 @@ MOST_WEIGHTS = 32
 FINE_ROWS, FEW_USES = 4096, 8
 """See `Gemms._measure`."""
 
-GENERATION = 3
+GENERATION = 4
 """Of what is kept: grows where faster algorithms are found than before."""
 
 MOST_ROWS = 16384
