@@ -45,11 +45,12 @@ def test_rotary_equals_its_plain_form_bitwise(heads: int, head_dim: int) -> None
 @pytest.mark.parametrize("dim", [64, 1152, 1280, 1536, 3200])
 @pytest.mark.parametrize("kind", [nn.LayerNorm, RMSNorm])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_norm_equals_torch(kind: type, dim: int, with_bias: bool) -> None:
+@pytest.mark.parametrize("rows", [33, 1000], ids=["few rows", "many rows"])
+def test_norm_equals_torch(kind: type, dim: int, with_bias: bool, rows: int) -> None:
     norm = kind(dim, eps=1e-6).cuda().to(torch.bfloat16).requires_grad_(False)
     randomise(norm, 0)
-    x = 3 * torch.randn(33, dim, device="cuda", dtype=torch.bfloat16) + 1
-    delta = torch.randn(33, dim, device="cuda", dtype=torch.bfloat16)
+    x = 3 * torch.randn(rows, dim, device="cuda", dtype=torch.bfloat16) + 1
+    delta = torch.randn(rows, dim, device="cuda", dtype=torch.bfloat16)
     bias = torch.randn(dim, device="cuda", dtype=torch.bfloat16) if with_bias else None
     alone = fused_norm(x, norm)
     y, residual = add_norm(x, delta, norm, bias)

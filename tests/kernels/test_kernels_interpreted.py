@@ -153,6 +153,25 @@ def test_norm_equals_torch(dim: int, rms: bool, with_bias: bool, with_scale: boo
     torch.testing.assert_close(residual, total + (0 if bias is None else bias))
 
 
+@pytest.mark.parametrize("ahead", [False, True], ids=["launched", "compiled ahead"])
+@pytest.mark.parametrize("dim", [1152, 3200])
+def test_norms_of_few_rows_get_more_warps(dim: int, ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vitgraph.layers import norm_triton
+
+    few, many = norm_triton.FEW_ROWS, norm_triton.FEW_ROWS + 1
+    launched: list[int] = []
+    monkeypatch.setattr(norm_triton, "launch_kernel", lambda *args, num_warps, **options: launched.append(num_warps))
+    monkeypatch.setattr(norm_triton, "only_compiles", lambda: ahead)
+    for rows in (few, many):
+        norm_triton.norm(torch.zeros(rows, dim), torch.zeros(dim), None, 1e-6)
+    if dim > norm_triton.MOST_DIM:
+        assert launched == [norm_triton.MANY_WARPS] * 2
+    elif ahead:
+        assert sorted(launched) == [norm_triton.FEW_WARPS] * 2 + [norm_triton.MANY_WARPS] * 2
+    else:
+        assert launched == [norm_triton.MANY_WARPS, norm_triton.FEW_WARPS]
+
+
 @pytest.mark.parametrize("layer_scale", [None, 64], ids=["plain", "layer scale"])
 @pytest.mark.parametrize("mlp", [lambda: Mlp(64, 96), lambda: GatedMlp(64, 96, bias=True)], ids=["mlp", "gated"])
 def test_fused_block_equals_the_plain_one(mlp, layer_scale: int | None) -> None:

@@ -12,7 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vitgraph.launch import launch_kernel
+from vitgraph.launch import launch_kernel, only_compiles
+
+FEW_ROWS, MOST_DIM = 512, 2048
+FEW_WARPS, MANY_WARPS = 2, 4
+"""A row wants more warps where few rows leave most of the GPU idle, and where it is long."""
 
 
 @triton.jit
@@ -33,7 +37,8 @@ def _norm_kernel(
     BIAS: tl.constexpr,
     SCALE: tl.constexpr,
 ):
-    """One program normalises one row."""
+    """One program normalises one row. It asks for all that it reads before it waits for any: a layer's weights come
+    from memory, as those of all other layers were read since."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, DIM_P2)
     mask = cols < DIM
@@ -42,20 +47,26 @@ def _norm_kernel(
     if DELTA:
         delta = tl.load(delta_ptr + row * DIM + cols, mask=mask, other=0.0).to(tl.float32)
         if SCALE:
-            delta *= tl.load(scale_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+            scale = tl.load(scale_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+        if BIAS:
+            bias = tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    if not RMS:
+        norm_bias = tl.load(norm_bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    if DELTA:
+        if SCALE:
+            delta *= scale
         x += delta
         residual = x
         if BIAS:
-            residual += tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+            residual += bias
         tl.store(residual_ptr + row * DIM + cols, residual.to(dtype), mask=mask)
-    weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     if RMS:
         scaled = x * tl.rsqrt(tl.sum(x * x, 0) / DIM + eps)
         # The reference casts before it multiplies by the weight.
         y = weight * scaled.to(dtype).to(tl.float32)
     else:
         centred = tl.where(mask, x - tl.sum(x, 0) / DIM, 0.0)
-        norm_bias = tl.load(norm_bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
         y = centred * tl.rsqrt(tl.sum(centred * centred, 0) / DIM + eps) * weight + norm_bias
     tl.store(y_ptr + row * DIM + cols, y.to(dtype), mask=mask)
 
@@ -102,23 +113,29 @@ def _launch(
 ) -> None:
     rows, dim = x.shape
     assert x.is_contiguous() and (delta is None or delta.is_contiguous()), "rows must lie one after another"
-    launch_kernel(
-        _norm_kernel,
-        (rows,),
-        x,
-        x if delta is None else delta,
-        weight,
-        weight if norm_bias is None else norm_bias,
-        weight if bias is None else bias,
-        weight if scale is None else scale,
-        y,
-        y if residual is None else residual,
-        eps,
-        DIM=dim,
-        DIM_P2=triton.next_power_of_2(dim),
-        RMS=norm_bias is None,
-        DELTA=delta is not None,
-        BIAS=bias is not None,
-        SCALE=scale is not None,
-        num_warps=1 if dim <= 2048 else 4,
-    )
+    # What is compiled beforehand serves other numbers of rows, too.
+    for warps in {_warps(1, dim), _warps(FEW_ROWS + 1, dim)} if only_compiles() else {_warps(rows, dim)}:
+        launch_kernel(
+            _norm_kernel,
+            (rows,),
+            x,
+            x if delta is None else delta,
+            weight,
+            weight if norm_bias is None else norm_bias,
+            weight if bias is None else bias,
+            weight if scale is None else scale,
+            y,
+            y if residual is None else residual,
+            eps,
+            DIM=dim,
+            DIM_P2=triton.next_power_of_2(dim),
+            RMS=norm_bias is None,
+            DELTA=delta is not None,
+            BIAS=bias is not None,
+            SCALE=scale is not None,
+            num_warps=warps,
+        )
+
+
+def _warps(rows: int, dim: int) -> int:
+    return MANY_WARPS if rows <= FEW_ROWS or dim > MOST_DIM else FEW_WARPS
