@@ -97,67 +97,6 @@ def test_a_debug_log_tells_all_times(caplog: pytest.LogCaptureFixture) -> None:
     assert finals.endswith(" us: torch 800.00, 1/2/5 400.00")
 
 
-class Mark:
-    """An event that the GPU never has yet, a millisecond after the one before."""
-
-    def record(self) -> None: ...
-    def synchronize(self) -> None: ...
-    def query(self) -> bool:
-        return False
-
-    def elapsed_time(self, after: Mark) -> float:
-        return 1.0
-
-
-def test_no_run_takes_the_weights_that_the_runs_before_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gemm_trial, "spin", lambda microseconds: None)
-    monkeypatch.setattr(Trial, "_marks", lambda self, count: [Mark() for _ in range(count)])
-    weights, taken = [torch.full((1,), float(number)) for number in range(5)], list[float]()
-
-    class Watched(Library):
-        def run(self, problem: Problem, algorithm: bytes, *tensors: Tensor | None) -> None:
-            _, weight, *_ = tensors
-            assert weight is not None
-            taken.append(weight.item())
-
-    trial = Trial(Watched(), [SHORT])  # type: ignore[arg-type]
-    timed: list[float] = []
-    for _ in range(2):
-        taken.clear()
-        assert trial.times(SHORT, [ONE, TWO, THREE], weights, 3) == [1 / 3] * 3
-        timed += taken[1:]  # the first run of each time is not timed
-    assert len(timed) == 2 * 3 * 3
-    assert all((before + 1) % len(weights) == after for before, after in pairwise(timed))
-
-
-def test_long_products_run_once_for_a_time() -> None:
-    times = {TORCH: 1.0, ONE: 0.95}
-    trial = Timed(times, times, times)
-    assert fastest(trial, [ONE], LONG) == ONE
-    assert [runs for _, runs in trial.asked] == [1, 1, 1]
-
-
-@pytest.mark.parametrize("share, taken", [(WORTH - 0.001, ONE), (WORTH + 0.001, TORCH)])
-def test_torch_s_own_stays_unless_another_is_worth_it(share: float, taken: bytes) -> None:
-    times = {TORCH: 1.0, ONE: share}
-    assert fastest(Timed(times, times, times), [ONE]) == taken
-
-
-def test_what_does_not_run_is_not_timed() -> None:
-    assert fastest(Timed(), [BROKEN]) == TORCH
-    trial = Timed({TORCH: 1.0, ONE: 0.5})
-    assert fastest(trial, [BROKEN, ONE]) == ONE
-    assert trial.asked[0][0] == [TORCH, ONE]
-
-
-def test_all_run_once_for_each_product_before_they_are_timed() -> None:
-    # An algorithm is another kernel for another product, perhaps, and kernels are loaded when they run first.
-    trial = Timed(*[{TORCH: 1.0, ONE: 0.5}] * 3)
-    for count, problem in enumerate((SHORT, SHORT._replace(rows=512), LONG), 1):
-        assert fastest(trial, [ONE], problem) == ONE
-        assert trial.ran == [ONE, TORCH] * count
-
-
 class Clocks:
     """A host that queues work and a GPU that does it, microseconds.
 
@@ -174,6 +113,7 @@ class Clocks:
         self.host = self.gpu = 0.0
         self.runs = 0
         self.leads: list[float] = []
+        self.weights: list[Tensor] = []
 
     def perf_counter(self) -> float:
         return self.host / 1e6
@@ -182,7 +122,8 @@ class Clocks:
         self.leads.append(microseconds)
         self.gpu = max(self.gpu, self.host) + microseconds
 
-    def run(self, problem: Problem, algorithm: bytes, *tensors: Tensor | None) -> None:
+    def run(self, problem: Problem, algorithm: bytes, x: Tensor, weight: Tensor, *others: Tensor | None) -> None:
+        self.weights.append(weight)
         self.host += self.host_us + self.stalls.get(self.runs, 0.0)
         self.gpu = max(self.gpu, self.host) + self.gpu_us[algorithm]
         self.runs += 1
@@ -224,6 +165,47 @@ def timed_by(monkeypatch: pytest.MonkeyPatch):
         return Trial(clocks, [SHORT, LARGER]), clocks  # type: ignore[arg-type]
 
     return make
+
+
+def test_no_run_takes_the_weights_that_the_runs_before_it_took(timed_by) -> None:
+    trial, clocks = timed_by(2.0, {})
+    weights = [torch.full((1,), float(number)) for number in range(5)]
+    timed: list[float] = []
+    for _ in range(2):
+        clocks.weights.clear()
+        times = trial.times(SHORT, [ONE, TWO, THREE], weights, 3)
+        assert [time * 1e3 for time in times] == pytest.approx([GPU_US[own] for own in (ONE, TWO, THREE)])
+        timed += [weight.item() for weight in clocks.weights[1:]]  # the first run of each time is not timed
+    assert len(timed) == 2 * 3 * 3
+    assert all((before + 1) % len(weights) == after for before, after in pairwise(timed))
+
+
+def test_long_products_run_once_for_a_time() -> None:
+    times = {TORCH: 1.0, ONE: 0.95}
+    trial = Timed(times, times, times)
+    assert fastest(trial, [ONE], LONG) == ONE
+    assert [runs for _, runs in trial.asked] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("share, taken", [(WORTH - 0.001, ONE), (WORTH + 0.001, TORCH)])
+def test_torch_s_own_stays_unless_another_is_worth_it(share: float, taken: bytes) -> None:
+    times = {TORCH: 1.0, ONE: share}
+    assert fastest(Timed(times, times, times), [ONE]) == taken
+
+
+def test_what_does_not_run_is_not_timed() -> None:
+    assert fastest(Timed(), [BROKEN]) == TORCH
+    trial = Timed({TORCH: 1.0, ONE: 0.5})
+    assert fastest(trial, [BROKEN, ONE]) == ONE
+    assert trial.asked[0][0] == [TORCH, ONE]
+
+
+def test_all_run_once_for_each_product_before_they_are_timed() -> None:
+    # An algorithm is another kernel for another product, perhaps, and kernels are loaded when they run first.
+    trial = Timed(*[{TORCH: 1.0, ONE: 0.5}] * 3)
+    for count, problem in enumerate((SHORT, SHORT._replace(rows=512), LONG), 1):
+        assert fastest(trial, [ONE], problem) == ONE
+        assert trial.ran == [ONE, TORCH] * count
 
 
 @pytest.mark.parametrize("host_us", [2.0, 20.0, 60.0])

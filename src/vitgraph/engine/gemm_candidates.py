@@ -1,7 +1,8 @@
 """Which of cuBLASLt's algorithms are worth a trial: not all, for the driver takes some milliseconds to load a kernel.
 
-On an H100, of some 800 settings tried for each of 101 problems of 256 to 16384 rows, the fastest took 2 % less time
-than the fastest of the few that are tried here.
+The prediction is fitted to the times that some 800 settings of each of 101 problems of 256 to 16384 rows took on an
+H100. Of some 33 settings of each of 36 problems, weights from memory, the fastest took 0.04 % less time, mean, than the
+fastest of the few that are tried here.
 """
 
 from __future__ import annotations

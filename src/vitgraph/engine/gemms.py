@@ -1,7 +1,7 @@
 """GEMMs of graphs by the fastest algorithm that was measured.
 
 cuBLASLt's heuristics name several, of which torch takes the first. On an H100 another one is faster for most numbers of
-rows, by up to a fifth.
+rows, by up to a quarter.
 """
 
 from __future__ import annotations
