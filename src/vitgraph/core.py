@@ -123,6 +123,11 @@ class Stretches(Sequence[tuple[int, int]]):
         return cls(b"".join([cls.ENTRY.pack(ends := ends + rows, first) for first, rows in stretches]))
 
     @classmethod
+    def of_first(cls, rows: int) -> Stretches:
+        """The first rows of a batch, in one stretch."""
+        return cls(cls.ENTRY.pack(rows, 0))
+
+    @classmethod
     def of_items(cls, chosen: Iterable[int], starts: Sequence[int]) -> Stretches:
         """Of items; what lies one after another is one stretch.
 
@@ -233,7 +238,7 @@ class Pack:
     def of_whole_items(cls, grids: Grids, counts: Counts, budget: int | None, reason: str = "") -> Pack:
         """Items in the caller's order, none of them cut. Their pieces are made when they are asked for."""
         made = object.__new__(cls)
-        stretches = Stretches.of(((0, counts["patch"]),))
+        stretches = Stretches.of_first(counts["patch"])
         made.__dict__.update(grids=grids, counts=counts, budget=budget, reason=reason, stretches=stretches)
         return made
 

@@ -80,6 +80,7 @@ def test_stretches_are_what_their_table_says() -> None:
     assert (stretches[1], stretches[-1]) == ((0, 1), (2, 1))
     assert (len(stretches), stretches.rows) == (3, 11)
     assert "(30, 9)" in repr(stretches)
+    assert tuple(Stretches.of_first(9)) == ((0, 9),)
     with pytest.raises(IndexError):
         stretches[3]
 

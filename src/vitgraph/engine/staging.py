@@ -97,7 +97,7 @@ class Staging:
             source = intake.source_of(rows, pack.stretches)
         elif len(pack.grids) == 1:
             (own,) = pixels_of(pack, rows)
-            source = intake.source_of(own, Stretches.of(((0, own.shape[0]),)))
+            source = intake.source_of(own, Stretches.of_first(own.shape[0]))
         if source is not None:
             return Request(places, *source)
         pixels = pixels_of(pack, rows)
@@ -105,7 +105,7 @@ class Staging:
             self._sent = slot = buffers.arena.next_slot()
             landing, filled = land_rows(pixels, slot, stream)
             if slot.landed is None:
-                slot.landed = intake.source_of(landing, Stretches.of(((0, landing.shape[0]),)))
+                slot.landed = intake.source_of(landing, Stretches.of_first(landing.shape[0]))
             assert slot.landed is not None, "landing rows lie on the device, one after another, in the tower's dtype"
             dtype, address, *_ = slot.landed
             return Request(places, dtype, address, filled * landing.shape[1])
