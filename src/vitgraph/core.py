@@ -159,14 +159,13 @@ class Stretches(Sequence[tuple[int, int]]):
     def __getitem__(self, index: slice) -> tuple[tuple[int, int], ...]: ...
 
     def __getitem__(self, index: int | slice) -> tuple[int, int] | tuple[tuple[int, int], ...]:
-        before, found = 0, []
-        for end, first in self.ENTRY.iter_unpack(self.table):
-            found.append((first, end - before))
-            before = end
-        return tuple(found)[index]
+        return tuple(self)[index]
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        return iter(self[:])
+        before = 0
+        for end, first in self.ENTRY.iter_unpack(self.table):
+            yield first, end - before
+            before = end
 
     def __repr__(self) -> str:
         return f"Stretches.of({self[:]!r})"
