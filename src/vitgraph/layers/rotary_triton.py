@@ -1,6 +1,10 @@
 """The rotary embedding of q and k in one Triton kernel, in place: one read and one write of each row.
 
 Same arithmetic as `layers.rotary.apply_rotary`: rotated in fp32, rounded once.
+
+It is a kernel of its own, though the attention reads the same rows next: that one would rotate keys anew for every tile
+of queries, and could not load them through tensor descriptors. On an H100 both together take 28 % longer so for 196
+rows, 44 % for 256, and 68 % for 784.
 """
 
 from __future__ import annotations
