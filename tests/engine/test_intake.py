@@ -200,6 +200,15 @@ def test_rows_that_lie_apart_are_read_by_graphs_where_they_are_as_wide_as_vector
     assert len(copies) == (3 * apart if encoder.spec.patch_width % VECTOR else 0)
 
 
+def test_a_pack_that_lies_behind_another_is_read_where_it_begins(monkeypatch) -> None:
+    encoder, grids = played(), [Grid(1, 24, 32), Grid(1, 22, 32)]
+    x = rows_of(encoder, grids)
+    assert [tuple(pack.stretches) for pack in encoder.plan(grids)] == [((0, 768),), ((768, 704),)]
+    want = encoder.encode_patches(x, grids, mode="padded")
+    monkeypatch.setattr(Staging, "_bring_rows", lambda *_: pytest.fail("copied by the host"))
+    assert same(encoder.encode_patches(x, grids), want)
+
+
 def test_one_item_of_a_list_is_read_by_its_graph(monkeypatch) -> None:
     encoder, grids = played(), [Grid(1, 6, 8)]
     x = rows_of(encoder, grids)
