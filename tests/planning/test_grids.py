@@ -81,6 +81,7 @@ def test_stretches_are_what_their_table_says() -> None:
     assert (len(stretches), stretches.rows) == (3, 11)
     assert "(30, 9)" in repr(stretches)
     assert tuple(Stretches.of_first(9)) == ((0, 9),)
+    assert (Stretches.of([(5, 3)]).only, stretches.only) == ((5, 3), None)
     with pytest.raises(IndexError):
         stretches[3]
 

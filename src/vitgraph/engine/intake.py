@@ -88,8 +88,9 @@ class Intake:
         if code is None or rows.get_device() != self._index or not rows.is_contiguous():
             return None
         address, width = rows.data_ptr(), rows.shape[1]
-        if len(stretches.table) == Stretches.ENTRY.size:
-            count, first = Stretches.ENTRY.unpack(stretches.table)
+        only = stretches.only
+        if only is not None:
+            first, count = only
             if first:
                 address += first * width * rows.element_size()
             return None if address % VECTOR_BYTES else (code, address, count * width, b"")
