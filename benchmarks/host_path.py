@@ -1,20 +1,23 @@
 """Host time of one `encode_patches` call: our own part before the graph's launch, the launch, and what follows.
 
-    python benchmarks/host_path.py [--geometry qwen3-vl-8b] [--several] [--json FILE]
+    python benchmarks/host_path.py [--geometry qwen3-vl-8b] [--several] [--requests] [--json FILE]
 
 Needs a CUDA device. Medians over calls of one batch that came before, of equal images (`known`) or of many sizes
 (`mixed`), and of batches of known sizes that come for the first time (`new`), and what one call in ten takes at most.
 `before` is plan, request and, for rows on the host, their staging; `launch` the driver's graph launch; `after` the
 copies of the results and their split, while the GPU already works. Some batches take several packs; for them, `before`
-ends at the first launch, and the others follow while the GPU works; with `--several`, only they are measured. Then the
-launch alone, for a few budgets. Random weights.
+ends at the first launch, and the others follow while the GPU works: `own` is all time until the last launch but what
+the launches take, per launch. With `--several`, only they are measured. Then the launch alone, for a few budgets.
+Random weights.
 
 The GPU is `idle` (each call waits for the one before), `busy` (two calls before it are in flight) or `behind` (the host
 never waits, so calls queue up). Sizes and views of the pixels are made right before each call, as a caller's are.
 
 A host that waits comes back to cold caches, and others who use it make them colder. `python` says by how much: the time
 of the same few lines of Python, measured where every second call would start. Every line is measured in several rounds
-spread over the run; it shows the round in which `python` took least.
+spread over the run; it shows the round in which `python` took least. With `--requests`, graphs end once they have read
+their requests, rows and metadata: plans and all that the host does stay as they are, no wait is long, and what is left
+is our own part on a host that others leave alone.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from measuring import arguments, make_encoder, write_report
 
 from vitgraph import VisionEncoder
 from vitgraph.core import Grid
+from vitgraph.engine.graph import CapturedGraph, GraphPool
 from vitgraph.engine.measure import usual_items
 
 ITEMS = (1, 2, 4, 8, 20, 64)
@@ -65,6 +69,16 @@ class Watched:
         start = time.perf_counter()
         self._graph.replay()
         self._launches.append((start, time.perf_counter()))
+
+
+def ends_after_request(encoder: VisionEncoder, index: int, graph: CapturedGraph) -> CapturedGraph:
+    """A budget's graph without the forward."""
+    buffers = encoder.engine.ladder.static(index)
+    intake = buffers.arena.intake
+    assert intake is not None, "graphs on CUDA read requests"
+    begin = partial(intake.launch, buffers)
+    pool = GraphPool(encoder.device, graph.mailbox)
+    return pool.capture(lambda _: graph.outputs, buffers.inputs, graph.outputs, warm_up=False, begin=begin)
 
 
 def paced(calls: Iterable[Callable[[], object]], gpu: str) -> Iterator[tuple[float, float]]:
@@ -138,12 +152,14 @@ def one_round(
     launches.clear()
     for start, end in paced(every_second_after_python(calls, python), gpu):
         launched, done = launches[0]
-        times.append((launched - start, done - launched, end - done))
+        own = (launches[-1][0] - start - sum(after - before for before, after in launches[:-1])) / len(launches)
+        times.append((launched - start, done - launched, end - done, own))
         launches.clear()
     timed = times[WARMUP::2]
-    before, launch, after = (statistics.median(t[k] for t in timed) * 1e6 for k in range(3))
+    before, launch, after, own = (statistics.median(t[k] for t in timed) * 1e6 for k in range(4))
     return {
         "before_us": before, "launch_us": launch, "after_us": after, "before_and_launch_us": before + launch,
+        "own_per_launch_us": own,
         "least_before_us": tenth([t[0] for t in timed]) * 1e6,
         "python_us": statistics.median(python[WARMUP // 2 :]) * 1e6,
     }  # fmt: skip
@@ -208,14 +224,15 @@ def several_packs() -> list[Kind]:
 
 
 def main() -> None:
-    chosen = arguments(__doc__, flags=["several"], geometry="qwen3-vl-8b")
+    chosen = arguments(__doc__, flags=["several", "requests"], geometry="qwen3-vl-8b")
     # Strict: every call replays graphs.
     with make_encoder(chosen.geometry, strict=True) as encoder:
         encoder.capture(progress=False)
-        alone = [launch_line(encoder, tokens, gpu) for tokens in LAUNCHED_TOKENS for gpu in IN_FLIGHT]
         launches: Launches = []
+        alone = [launch_line(encoder, tokens, gpu) for tokens in LAUNCHED_TOKENS for gpu in IN_FLIGHT]
         for graphs in (encoder.engine.ladder.graphs, encoder.engine.ladder.long):
-            for index, graph in list(graphs.items()):
+            for index, whole in list(graphs.items()):
+                graph = ends_after_request(encoder, index, whole) if chosen.requests else whole
                 graphs[index] = replace(graph, graph=Watched(graph.graph, launches))  # type: ignore[arg-type]
         kinds = several_packs() if chosen.several else [*one_pack(), *several_packs()]
         rounds = [[one_round(encoder, launches, *kind) for kind in kinds] for _ in range(ROUNDS)]
@@ -229,12 +246,13 @@ def main() -> None:
             f"{items:3} items, side {side:2}, {batch:5} batch, pixels {place:8} gpu {gpu:6}  "
             f"before {found['before_us']:6.1f} us (one in ten {found['least_before_us']:6.1f})  "
             f"launch {found['launch_us']:5.1f} us  both {found['before_and_launch_us']:6.1f} us  "
-            f"after {found['after_us']:6.1f} us  python {found['python_us']:5.1f} us"
+            f"after {found['after_us']:6.1f} us  own {found['own_per_launch_us']:6.1f} us  "
+            f"python {found['python_us']:5.1f} us"
         )
     for r in alone:
         print(f"launch alone, {r['tokens']:5} tokens, gpu {r['gpu']:6}  {r['launch_us']:6.1f} us")
     results = {"calls": lines, "launches": alone}
-    write_report(chosen.json, results, geometry=chosen.geometry)
+    write_report(chosen.json, results, geometry=chosen.geometry, requests_only=chosen.requests)
 
 
 if __name__ == "__main__":
