@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import numpy as np
@@ -53,10 +53,10 @@ class GreedyPlanner(Planner):
     def one_pack(self, grids: Grids, eager: bool = True) -> Pack | None:
         return None  # one pack or several, `_search` says
 
-    def _search(self, known: Sequence[KnownGrid]) -> Found:
+    def _search(self, known: Sequence[KnownGrid]) -> Iterable[Found]:
         order = sorted(range(len(known)), key=lambda at: -known[at].grid.patches)
         groups = greedy([known[at].size for at in order], self._prices.largest)
-        return Found.of([[order[i] for i in group] for group in groups], [own.grid.patches for own in known])
+        return self._found([[order[i] for i in group] for group in groups], known)
 
 
 def time_requests(run: Callable[[torch.Tensor, list[Grid]], object], width: int) -> list[float]:

@@ -185,16 +185,21 @@ class Grids(Sequence[Grid]):
     Args:
         known: per item.
         owner: who knows them. What one planner knows is of no use to another.
+        size, load: see below; summed up unless a size is given.
 
     Attributes:
-        size: of all items together; empty without items.
-        load: of all items together.
+        size: of all items together; empty without items, and where nobody will ask for it.
+        load: of all items together, if there is a size.
     """
 
-    def __init__(self, known: list[KnownGrid], owner: object) -> None:
+    def __init__(
+        self, known: list[KnownGrid], owner: object, size: tuple[int, ...] | None = None, load: float = 0
+    ) -> None:
         self.known, self.owner = known, owner
-        kinds = len(known[0].size) if known else 0
-        self.size, self.load = sums_of(sum([own.digits for own in known]), kinds)
+        if size is None:
+            kinds = len(known[0].size) if known else 0
+            size, load = sums_of(sum([own.digits for own in known]), kinds)
+        self.size, self.load = size, load
 
     @cached_property
     def _grids(self) -> tuple[Grid, ...]:

@@ -237,8 +237,13 @@ class VisionEncoder:
         again = self.engine.embed_again(key, pixel_values) if mode == "auto" else None
         if again is not None:
             return again
-        grids = self._grids_of(grid_thw, key)
-        rows = self._check_rows(pixel_values, self.engine.planner.patches(grids))
+        known, rows, planner = self._known_of(grid_thw, key), self._rows_of(pixel_values), self.engine.planner
+        # What an earlier planner of the same engine knew is as good.
+        count = rows.shape[0]
+        grids = planner.batch_of(known, count)
+        expected = planner.patches(grids)
+        if count != expected:
+            raise PatchError(f"pixel_values has {count} rows, but the grids hold {expected} patches.")
         return self.engine.embed(rows, grids, mode, key if isinstance(key, bytes) else None) if grids.known else []
 
     def release(self) -> None:
@@ -269,8 +274,8 @@ class VisionEncoder:
 
     # -- helpers -----------------------------------------------------------------------------------------------
 
-    def _grids_of(self, grid_thw: Tensor | Sequence[Sequence[int]], key: Hashable) -> Grids:
-        """The items' grids, checked.
+    def _known_of(self, grid_thw: Tensor | Sequence[Sequence[int]], key: Hashable) -> list[KnownGrid]:
+        """What is known of the items' grids, which are checked.
 
         Args:
             grid_thw: as in `encode_patches`.
@@ -284,8 +289,7 @@ class VisionEncoder:
             found = [self._know(grid) for grid in _host_grids(grid_thw)]
             if isinstance(key, bytes):
                 known.update(zip(rows, found, strict=True))
-        # What an earlier planner of the same engine knew is as good.
-        return Grids(found, self.engine.planner)
+        return found
 
     def _know(self, grid: Sequence[int]) -> KnownGrid:
         key = tuple(grid)
@@ -298,20 +302,20 @@ class VisionEncoder:
         known = self._known[key] = self.engine.known(checked)
         return known
 
-    def _check_rows(self, pixel_values: Tensor, expected: int) -> Tensor:
+    def _rows_of(self, pixel_values: Tensor) -> Tensor:
+        """`[P, patch_width]`, checked but for P."""
         if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():
             kind = getattr(pixel_values, "dtype", type(pixel_values).__name__)
             raise PatchError(f"pixel_values must be a floating point tensor of patch rows, not {kind}.")
-        if pixel_values.shape == (expected, self.spec.patch_width):
+        shape, width = pixel_values.shape, self.spec.patch_width
+        if len(shape) == 2 and shape[1] == width:
             return pixel_values
         rows = pixel_values.flatten(1) if pixel_values.dim() > 1 else pixel_values
-        if rows.dim() != 2 or rows.shape[1] != self.spec.patch_width:
+        if rows.dim() != 2 or rows.shape[1] != width:
             raise PatchError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}; {self.spec.family} expects "
-                f"[patches, {self.spec.patch_width}] as its reference processor makes them."
+                f"pixel_values has shape {tuple(shape)}; {self.spec.family} expects "
+                f"[patches, {width}] as its reference processor makes them."
             )
-        if len(rows) != expected:
-            raise PatchError(f"pixel_values has {len(rows)} rows, but the grids hold {expected} patches.")
         return rows
 
 

@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from hypothesis import strategies as st
 
 from packing_rule import RULE, Rule, grids, models
 from vitgraph.config import EncoderConfig
-from vitgraph.core import Grid, Grids, KnownGrid, Stretches
+from vitgraph.core import Grid, Grids, KnownGrid
 from vitgraph.planning import compiled_search
 from vitgraph.planning import search as search_module
 from vitgraph.planning.budgets import make_budgets
@@ -55,11 +54,37 @@ def prices_of(budgets: tuple, cost: CostModel) -> Prices:
     return Prices(cost, columns, kinds.index("patch"), [(kinds.index("patch"), kinds.index("segment"))])
 
 
-def same(got: Found | None, want: Found | None) -> bool:
-    if got is None or want is None:
-        return got is want
-    tables = [[stretches.table for stretches in found.stretches] for found in (got, want)]
-    return got.groups == want.groups and tables[0] == tables[1]
+def same(prices: Prices, known: list[KnownGrid]) -> bool:
+    """Whether both find the same of these items, and neither finds anything else where both find nothing."""
+    got, groups = compiled_search.compiled_search(prices)(known), search(prices, known)
+    if got is None or groups is None:
+        return got is groups
+    return [describe(found) for found in got] == [
+        expected(prices, known, group) for group in sorted(map(sorted, groups))
+    ]
+
+
+def describe(found: Found) -> tuple:
+    group, stretches, size, load, smallest = found
+    return group, list(stretches), size, load, smallest
+
+
+def expected(prices: Prices, known: list[KnownGrid], group: list[int]) -> tuple:
+    """As `describe`, counted one by one."""
+    first = [sum(own.size[prices.rows] for own in known[:at]) for at in group]
+    stretches: list[tuple[int, int]] = []
+    for at, begin in zip(group, first, strict=True):
+        rows = known[at].size[prices.rows]
+        if stretches and sum(stretches[-1]) == begin:
+            begin, before = stretches.pop()
+            rows += before
+        stretches.append((begin, rows))
+    size = tuple(sum(known[at].size[kind] for at in group) for kind in range(len(prices.columns)))
+    holds = [
+        all(n <= column[budget] for n, column in zip(size, prices.columns, strict=True))
+        for budget in range(len(prices.columns[0]))
+    ]
+    return group, stretches, size, sum(known[at].load for at in group), holds.index(True)
 
 
 few = st.sampled_from([Grid(1, 2, 2), Grid(1, 8, 8), Grid(1, 8, 8), Grid(2, 6, 8), Grid(1, 20, 24)])
@@ -71,13 +96,11 @@ few = st.sampled_from([Grid(1, 2, 2), Grid(1, 8, 8), Grid(1, 8, 8), Grid(2, 6, 8
 def test_it_finds_the_groups_that_python_finds(model, items) -> None:
     budgets, cost = model
     planner, prices = Planner(RULE, budgets, cost), prices_of(budgets, cost)
-    both = compiled_search.compiled_search(prices), partial(search, prices)
     known = [planner.known(grid) for grid in items]
     fitting = [own for own in known if own.fits]
     for some in filter(None, (known, fitting)):
-        got, want = (find(some) for find in both)
-        assert same(got, want)
-        assert (got is None) == (len(some) > len(fitting))
+        assert same(prices, some)
+        assert (search(prices, some) is None) == (len(some) > len(fitting))
 
 
 @pytest.mark.parametrize("grid", [Grid(1, 1 << 20, 1 << 12), Grid(1, 1 << 20, 1 << 20), Grid(1 << 9, 2, 2)])
@@ -87,7 +110,7 @@ def test_what_exceeds_every_budget_is_told(grid: Grid) -> None:
     prices = prices_of(budgets, planner.cost)
     known = [planner.known(one) for one in (Grid(1, 8, 8), grid)]
     assert compiled_search.compiled_search(prices)(known) is None is search(prices, known)
-    assert same(compiled_search.compiled_search(prices)(known[:1]), Found([[0]], [Stretches.of([(0, 64)])]))
+    assert same(prices, known[:1])
 
 
 @given(models(), st.lists(few, min_size=1, max_size=12), st.sampled_from([1.0, 0.5, 0.0]))
@@ -97,7 +120,7 @@ def test_of_equal_costs_it_takes_the_same(model, items, share) -> None:
     planner, prices = Planner(RULE, budgets, cost), prices_of(budgets, cost)
     known = [own for own in map(planner.known, items) if own.fits]
     if known:
-        assert same(compiled_search.compiled_search(prices)(known), search(prices, known))
+        assert same(prices, known)
 
 
 def test_long_segments_are_told_apart_at_the_same_length() -> None:
@@ -114,7 +137,7 @@ def test_long_segments_are_told_apart_at_the_same_length() -> None:
             [4096, 2048, 64],
         ):
             known = [planner.known(Grid(1, 2, n // 2)) for n in items]
-            assert same(compiled_search.compiled_search(prices)(known), search(prices, known))
+            assert same(prices, known)
 
 
 @pytest.mark.parametrize("items", [MOST_EXHAUSTIVE, MOST_EXHAUSTIVE + 1, 3000])
@@ -126,9 +149,22 @@ def test_many_items(items: int) -> None:
     planner = Planner(RULE, budgets)
     known = [planner.known(Grid(1, 2 + 2 * (i * 7 % 13), 2 + 2 * (i * 5 % 11))) for i in range(items)]
     compiled = compiled_search.compiled_search(prices)
-    assert same(compiled(known), search(prices, known))
-    assert sorted(item for group in compiled(known).groups for item in group) == list(range(items))
-    assert same(compiled(known[:5]), search(prices, known[:5])), "after many"
+    assert sorted(item for group, *_ in compiled(known) for item in group) == list(range(items))
+    assert [group for group, *_ in compiled(known[:5])] == sorted(map(sorted, search(prices, known[:5]))), "after many"
+    assert same(prices, known)
+
+
+def test_what_was_found_stays_while_others_are_searched() -> None:
+    budgets = make_budgets(RULE, EncoderConfig(budgets=(64,)))
+    planner = Planner(RULE, budgets)
+    compiled = compiled_search.compiled_search(prices_of(budgets, planner.cost))
+    sides = [4, 12, 8, 16, 12, 4]
+    some, others = ([planner.known(Grid(1, side, side)) for side in order] for order in (sides, sides[::-1] * 2))
+    want = [describe(found) for found in compiled(some)]
+    found = compiled(some)
+    first = next(found)
+    assert len(list(compiled(others))) > len(want) > 1
+    assert [describe(one) for one in (first, *found)] == want
 
 
 @given(st.lists(grids, max_size=30), st.lists(st.integers(1, 800), min_size=1, max_size=8), st.booleans())
@@ -157,9 +193,8 @@ def test_it_serves_any_number_of_kinds(kinds: int) -> None:
     """The last kind is the one that two items have too much of."""
     prices = Prices(CostModel((5.0, 9.0), (0.0, 0.0), (40, 80)), [[40, 80]] * (kinds - 1) + [[1, 1]], 0, [])
     known = [KnownGrid(Grid(1, 1, 1), {}, (1,) * kinds) for _ in range(3)]
-    got = compiled_search.compiled_search(prices)(known)
-    assert same(got, search(prices, known))
-    assert got.groups == [[0], [1], [2]]
+    assert same(prices, known)
+    assert [group for group, *_ in compiled_search.compiled_search(prices)(known)] == [[0], [1], [2]]
 
 
 def test_budgets_that_are_too_large_are_searched_in_python(caplog, monkeypatch) -> None:

@@ -25,6 +25,12 @@ def test_size_and_load_are_sums(sizes: list[tuple[int, int, int]]) -> None:
     assert grids.load == sum(sum(size) ** 2 for size in sizes)
 
 
+def test_sums_that_are_given_are_not_made_again() -> None:
+    grids = Grids([known(1, 2), known(3, 4)], None, (7, 8), 9.0)
+    assert (grids.size, grids.load) == ((7, 8), 9.0)
+    assert Grids([known(1, 2)], None, ()).size == ()
+
+
 def test_grids_are_equal_to_a_tuple_of_them() -> None:
     plain = (Grid(1, 2, 4), Grid(2, 6, 2), Grid(1, 2, 4))
     grids = Grids([KnownGrid(grid, {}, (grid.patches,)) for grid in plain], None)

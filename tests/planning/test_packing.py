@@ -110,6 +110,27 @@ def test_as_many_of_the_largest_grids_as_a_batch_has_are_summed() -> None:
     assert (planner.patches(batch), batch.load) == (1000 << 40, 1000 << 80)
 
 
+@pytest.mark.parametrize("sides", [[16, 16, 16, 16], [16, 16, 16, 16, 2], [32, 32]])
+def test_what_the_largest_budget_cannot_hold_is_planned_without_its_sums(sides: list[int]) -> None:
+    rule = Rule()
+    budgets = make_budgets(rule, EncoderConfig(budgets=(64, 256)))
+    planner = Planner(rule, budgets)
+    items = [Grid(1, side, side) for side in sides]
+    rows = sum(grid.patches for grid in items)
+    batch = planner.batch_of([planner.known(grid) for grid in items], rows)
+    assert bool(batch.size) == (rows <= 1024)
+    assert planner.patches(batch) == rows
+    assert planner.plan(batch) == planner.plan(items)
+    assert (len(planner.plan(batch)) == 1) == (rows <= 1024)
+
+
+def test_without_budgets_rows_are_counted_as_well() -> None:
+    planner = Planner(Rule(), ())
+    batch = planner.batch_of([planner.known(grid) for grid in (Grid(1, 4, 4), Grid(2, 6, 4))], 64)
+    assert planner.patches(batch) == 64
+    assert [pack.reason for pack in planner.plan(batch)] == ["no budgets"] * 2
+
+
 def test_without_items_there_is_no_pack() -> None:
     rule = Rule()
     assert Planner(rule, make_budgets(rule, EncoderConfig())).plan([]) == []

@@ -292,13 +292,14 @@ class Engine:
         """A batch that is prepared: its packs and its grids."""
         if not isinstance(rows, Tensor):
             return None
+        batch = self._prepared.find(key, rows.shape)
+        if batch is None:
+            return None
+        # Gradients are not recorded below: rows that need none spare us to say so.
+        if rows.requires_grad or not rows.is_floating_point():
+            return None
         with self._lock:
-            batch = self._prepared.find(key, rows.shape)
-            if batch is None:
-                return None
-            # Gradients are not recorded below: rows that need none spare us to say so.
-            if rows.requires_grad or not rows.is_floating_point():
-                return None
+            # All that another thread may have changed meanwhile.
             if batch.cost is not self.planner.cost or not all(map(self._runner.is_current, batch.replays)):
                 self._prepared.drop(key)
                 return None

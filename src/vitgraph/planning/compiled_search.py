@@ -10,10 +10,11 @@ import platform
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from struct import Struct
 from tempfile import TemporaryDirectory
 
 import numpy as np
@@ -36,7 +37,7 @@ GUARD, NEAR_SHIFT = np.uint32(1 << 31), 6
 MOST_ROWS = 1 << 30
 """Of one kind: two packs of so many stay below GUARD."""
 
-STRETCH_BYTES = Stretches.ENTRY.size
+INT_BYTES, STRETCH_BYTES = 4, Stretches.ENTRY.size
 MOST_SECONDS = 60
 
 
@@ -48,7 +49,7 @@ class Tables(ctypes.Structure):
         ("long_rows", ctypes.c_int64),
         *((name, ctypes.c_double) for name in ("near_enough", "least_per_row", "least_slope")),
         *((name, ctypes.c_void_p) for name in ("budget", "near", "set_rows", "set_segments")),
-        *((name, ctypes.c_void_p) for name in ("order", "ends", "table", "stretch_ends")),
+        *((name, ctypes.c_void_p) for name in ("groups", "order", "table")),
     )
 
 
@@ -77,38 +78,42 @@ class CompiledSearch:
             **{name: array.ctypes.data for name, array in self._arrays.items()},
         )  # fmt: skip
         self._reference = ctypes.byref(self._tables)
+        # Of the numbers of rows the last one stands for no kind where kinds are odd.
+        kinds = len(prices.columns)
+        self._group = Struct(f"={kinds}I{4 * (_width(kinds) - kinds)}xd3i4x")
         self._make_room(MOST_EXHAUSTIVE)
 
     def _make_room(self, items: int) -> None:
-        self._order, self._ends, self._stretch_ends = ((ctypes.c_int32 * items)() for _ in range(3))
-        self._table = (ctypes.c_int32 * (2 * items))()
-        self._table_bytes = memoryview(self._table).cast("B")
-        for name in ("order", "ends", "table", "stretch_ends"):
-            setattr(self._tables, name, ctypes.addressof(getattr(self, f"_{name}")))
+        self._most = items
+        rooms = [ctypes.create_string_buffer(items * nbytes) for nbytes in (self._group.size, INT_BYTES, STRETCH_BYTES)]
+        self._tables.groups, self._tables.order, self._tables.table = map(ctypes.addressof, rooms)
+        self._groups, order, self._table = (memoryview(room).cast("B") for room in rooms)
+        self._order = order.cast("i")
 
-    def __call__(self, known: Sequence[KnownGrid]) -> Found | None:
-        """See `search.search`.
+    def __call__(self, known: Sequence[KnownGrid]) -> Iterator[Found] | None:
+        """The groups that `search.search` finds, each made when it is asked for.
 
         Raises:
             MemoryError: for millions of items.
         """
         count = len(known)
-        if count > len(self._order):
+        if count > self._most:
             self._make_room(count)
-        rows = b"".join([own.row for own in known])
-        groups = self._function(self._reference, rows, count)
-        if groups <= 0:
-            if groups < 0:
+        found = self._function(self._reference, b"".join([own.row for own in known]), count)
+        if found <= 0:
+            if found < 0:
                 raise MemoryError(f"no memory to pack {count} items in.")
             return None
-        order = self._order[:count]
-        return Found(
-            [order[begin:end] for begin, end in _parts(self._ends[:groups])],
-            [
-                Stretches(bytes(self._table_bytes[begin * STRETCH_BYTES : end * STRETCH_BYTES]))
-                for begin, end in _parts(self._stretch_ends[:groups])
-            ],
-        )
+        # All of it: the next call writes over what lies there.
+        groups, table = bytes(self._groups[: found * self._group.size]), bytes(self._table[: count * STRETCH_BYTES])
+        return self._made(groups, self._order[:count].tolist(), table)
+
+    def _made(self, groups: bytes, order: list[int], table: bytes) -> Iterator[Found]:
+        begin = first = 0
+        for *size, load, end, stretch_end, smallest in self._group.iter_unpack(groups):
+            stretches = Stretches(table[first * STRETCH_BYTES : stretch_end * STRETCH_BYTES])
+            yield order[begin:end], stretches, tuple(size), load, smallest
+            begin, first = end, stretch_end
 
 
 def _budgets_of(prices: Prices) -> np.ndarray:
@@ -129,11 +134,6 @@ def _budgets_of(prices: Prices) -> np.ndarray:
 def _width(kinds: int) -> int:
     """KINDS of search.c."""
     return kinds + kinds % 2
-
-
-def _parts(ends: list[int]) -> Iterable[tuple[int, int]]:
-    """Begin and end of each part, one after another."""
-    return zip([0, *ends], ends, strict=False)
 
 
 def compiled_search(prices: Prices) -> CompiledSearch | None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import Protocol
 
-from vitgraph.core import MOST_PATCHES, Counts, Grid, Grids, KnownGrid, Pack, Piece, exceeded, fits
+from vitgraph.core import MOST_PATCHES, Counts, Grid, Grids, KnownGrid, Pack, Piece, Stretches, exceeded, fits, sums_of
 from vitgraph.errors import PatchError
 from vitgraph.planning.budgets import Budget
 from vitgraph.planning.compiled_search import compiled_search
@@ -58,6 +59,7 @@ class Planner:
         self._kinds = tuple(budgets[-1].capacity) if budgets else ()
         self._columns = [[budget.capacity[kind] for budget in budgets] for kind in self._kinds]
         self._rows = self._kinds.index("patch") if budgets else 0
+        self._most_rows = budgets[-1].capacity["patch"] if budgets else 0
         at = self._kinds.index
         self._sets = [(at(rows), at(segments)) for rows, segments in rule.segment_sets] if budgets else []
         self._known: dict[Grid, KnownGrid] = {}
@@ -98,18 +100,18 @@ class Planner:
         return list(self.packs(grids, split, eager))
 
     def packs(self, grids: Sequence[Grid], split: bool = True, eager: bool = True) -> Iterator[Pack]:
-        """As `plan`, one after another: each is made when it is asked for, and the one before may run meanwhile."""
+        """As `plan`, one after another: of several, each is made when it is asked for, and the one before may run
+        meanwhile."""
         grids = self.batch(grids)
         together = self.one_pack(grids, eager)
         if together is not None:
-            yield together
-        elif grids.known:
-            yield from self._several(grids, split, eager)
+            return iter((together,))
+        return self._several(grids, split, eager) if grids.known else iter(())
 
     def one_pack(self, grids: Grids, eager: bool = True) -> Pack | None:
         """As `plan`, where all items run in one pack; None where several may cost less, or the largest budget does not
         hold them."""
-        if not (grids.known and self._budgets):
+        if not grids.size:
             return None
         smallest = self._smallest(grids.size)
         return None if self._splits[smallest] else Pack.of_whole_items(grids, *self._placed(grids, smallest, eager))
@@ -120,9 +122,17 @@ class Planner:
             return grids
         return Grids([self.known(grid) for grid in grids], self)
 
+    def batch_of(self, known: list[KnownGrid], rows: int) -> Grids:
+        """As `batch`, of grids that were looked up. Where the largest budget does not hold so many patch rows, nothing
+        is summed up: packs have sums of their own."""
+        return Grids(known, self) if rows <= self._most_rows else Grids(known, self, ())
+
     def patches(self, grids: Grids) -> int:
         """Patch rows of all items; the plan of the same batch needs no other sums."""
-        return grids.size[self._rows] if grids.known and self._budgets else sum(grid.patches for grid in grids)
+        if grids.size:
+            return grids.size[self._rows]
+        at = self._rows
+        return sum([own.size[at] for own in grids.known] if self._budgets else [grid.patches for grid in grids])
 
     def known(self, grid: Grid) -> KnownGrid:
         """What is known of an item of this grid.
@@ -168,28 +178,41 @@ class Planner:
         if found is None and split and self._rule.splits_by_frame:
             pieces = [part for piece in map(Piece, range(len(grids)), grids) for part in self._cut(piece)]
             known = [self.known(piece.grid) for piece in pieces]
-        groups, stretches = found or self._some_alone(known)
-        for group, where_rows_lie in zip(groups, stretches, strict=True):
-            together = Grids([known[at] for at in group], self)
-            first = together.known[0]
-            where = self._placed(together, self._smallest(together.size), eager) if first.fits else self._nowhere(first)
-            yield Pack.of_some(group, pieces, where_rows_lie, together, *where)
+        for group, stretches, size, load, smallest in found or self._some_alone(known):
+            together = Grids([known[at] for at in group], self, size, load)
+            fits = smallest < len(self._budgets)
+            where = self._placed(together, smallest, eager) if fits else self._nowhere(together.known[0])
+            yield Pack.of_some(group, pieces, stretches, together, *where)
 
-    def _search(self, known: Sequence[KnownGrid]) -> Found | None:
-        """See `search.search`."""
+    def _search(self, known: Sequence[KnownGrid]) -> Iterable[Found] | None:
+        """The cheapest groups, in the order in which their first items came; see `search.search`."""
         if self._compiled_search is not None:
             return self._compiled_search(known)
-        found = search(self._prices, known)
-        self.searched_in_python += found is not None
-        return found
+        groups = search(self._prices, known)
+        if groups is None:
+            return None
+        self.searched_in_python += 1
+        return self._found(groups, known)
 
-    def _some_alone(self, known: Sequence[KnownGrid]) -> Found:
+    def _some_alone(self, known: Sequence[KnownGrid]) -> Iterable[Found]:
         """As `_search`, where what no budget holds is alone."""
         fitting = [at for at, own in enumerate(known) if own.fits]
         groups = [[at] for at, own in enumerate(known) if not own.fits]
         if fitting and (found := self._search([known[at] for at in fitting])):
-            groups += [[fitting[i] for i in group] for group in found.groups]
-        return Found.of(groups, [own.grid.patches for own in known])
+            groups += [[fitting[i] for i in group] for group, *_ in found]
+        return self._found(groups, known)
+
+    def _found(self, groups: Iterable[Iterable[int]], known: Sequence[KnownGrid]) -> Iterator[Found]:
+        """Groups with all that is said of them, in the order in which their first items came.
+
+        Args:
+            groups: of items, by index, in any order.
+            known: per item.
+        """
+        starts = [0, *accumulate(own.grid.patches for own in known)]
+        for group in sorted(map(sorted, groups)):
+            size, load = sums_of(sum(known[at].digits for at in group), len(self._kinds))
+            yield group, Stretches.of_items(group, starts), size, load, self._smallest(size)
 
     def _smallest(self, size: Size) -> int:
         """Index of the smallest budget that holds this many rows; budgets grow in every kind."""

@@ -34,6 +34,13 @@ typedef struct {
     double slope[2], beside[2]; /* the second for packs of one or of long segments */
 } Budget;
 
+/* A group that was found: what compiled_search.GROUP reads. */
+typedef struct {
+    Sum sum;
+    int32_t end, stretch_end; /* where its items end in `order`, and its stretches in `table` */
+    int32_t smallest;         /* the smallest budget that holds it */
+} Group;
+
 /* As compiled_search.Tables. */
 typedef struct {
     int32_t kinds, rows, sets, budgets, most_exhaustive;
@@ -42,7 +49,8 @@ typedef struct {
     const Budget *budget;                   /* ascending */
     const int32_t *near;                    /* the smallest for 0 patch rows, for 1 << NEAR_SHIFT, for twice as many, ... */
     const int32_t *set_rows, *set_segments; /* [sets] */
-    int32_t *order, *ends, *table, *stretch_ends; /* what is found, see `cheapest_groups` */
+    Group *groups; /* what is found, see `cheapest_groups` */
+    int32_t *order, *table;
 } Tables;
 
 typedef struct {
@@ -68,12 +76,17 @@ static inline int holds(const Size *capacity, const Size *size) {
 
 static const Size *largest(const Tables *t) { return &t->budget[t->budgets - 1].capacity; }
 
-/* Of a pack that the largest budget holds. No branches but one that is hardly ever taken: the search asks this of
- * thousands of packs, and what it decides of each could not be predicted. */
-static inline double price(const Tables *t, const Size *size, double load) {
+/* Of a pack that the largest budget holds. No branches, here and in `price`, but one that is hardly ever taken: the
+ * search asks this of thousands of packs, and what it decides of each could not be predicted. */
+static inline const Budget *smallest(const Tables *t, const Size *size) {
     const Budget *budget = t->budget + t->near[size->rows[t->rows] >> NEAR_SHIFT];
     budget += !holds(&budget->capacity, size);
     while (!holds(&budget->capacity, size)) budget++;
+    return budget;
+}
+
+static inline double price(const Tables *t, const Size *size, double load) {
+    const Budget *budget = smallest(t, size);
     int is_long = 1;
     for (int s = 0; s < t->sets; s++) {
         const int64_t rows = size->rows[t->set_rows[s]], segments = size->rows[t->set_segments[s]];
@@ -182,6 +195,20 @@ static int by_rows_then_place(const void *a, const void *b) {
     return x->place < y->place ? -1 : 1;
 }
 
+/* The largest first, of equal ones the first. Few are inserted one by one, in a third of the time. */
+static void sort(Key *keys, int32_t count, int32_t few) {
+    if (count > few) {
+        qsort(keys, count, sizeof(Key), by_rows_then_place);
+        return;
+    }
+    for (int32_t i = 1; i < count; i++) {
+        const Key key = keys[i];
+        int32_t at = i;
+        for (; at > 0 && keys[at - 1].rows < key.rows; at--) keys[at] = keys[at - 1];
+        keys[at] = key;
+    }
+}
+
 /* Of equal costs the one that was found first is kept. */
 static void keep_cheaper(double cost, const int32_t *group, int32_t count, double *least, int32_t *best) {
     if (cost >= *least) return;
@@ -190,7 +217,7 @@ static void keep_cheaper(double cost, const int32_t *group, int32_t count, doubl
 }
 
 /*
- * Reads items, and sorts them: the largest first, of equal ones the first.
+ * Reads items, and sorts them, see `sort`.
  *
  * rows: per item its size, int64 per kind, and its load, a double.
  * starts: receives the first patch row of every item among those of all, and the end of the last.
@@ -208,7 +235,7 @@ static int read(const Tables *t, const char *rows, int32_t count, Key *keys, Sum
         keys[i].place = i;
         starts[i + 1] = starts[i] + keys[i].rows;
     }
-    qsort(keys, count, sizeof(Key), by_rows_then_place);
+    sort(keys, count, t->most_exhaustive);
     memset(items, 0, sizeof(Sum) * count);
     for (int32_t i = 0; i < count; i++) {
         const char *row = rows + keys[i].place * width;
@@ -227,56 +254,66 @@ static int read(const Tables *t, const char *rows, int32_t count, Key *keys, Sum
  * Groups of items, ordered as their first items come.
  *
  * group: per sorted item a number below count.
+ * groups: receives where each one ends in `order`; [count].
  * order: receives the items of the first group, ascending, then those of the second, ...; [count].
- * ends: receives where each group ends there; [count].
- * scratch: [3, count].
+ * number: receives which one comes of each number in `group`; [count].
+ * scratch: [2, count].
  *
  * Returns how many groups there are.
  */
 static int32_t arrange(
-    const int32_t *group, const Key *keys, int32_t count, int32_t *order, int32_t *ends, int32_t *scratch
+    const int32_t *group, const Key *keys, int32_t count, Group *groups, int32_t *order, int32_t *number,
+    int32_t *scratch
 ) {
-    int32_t *of_item = scratch, *number = scratch + count, *next = scratch + 2 * count, groups = 0, end = 0;
+    int32_t *of_item = scratch, *next = scratch + count, found = 0, end = 0;
     for (int32_t i = 0; i < count; i++) {
         of_item[keys[i].place] = group[i];
         number[i] = -1;
-        ends[i] = 0;
+        groups[i].end = 0;
     }
     for (int32_t i = 0; i < count; i++) {
-        if (number[of_item[i]] < 0) number[of_item[i]] = groups++;
-        ends[number[of_item[i]]]++;
+        if (number[of_item[i]] < 0) number[of_item[i]] = found++;
+        groups[number[of_item[i]]].end++;
     }
-    for (int32_t g = 0; g < groups; g++) {
+    for (int32_t g = 0; g < found; g++) {
         next[g] = end;
-        ends[g] = end += ends[g];
+        groups[g].end = end += groups[g].end;
     }
     for (int32_t i = 0; i < count; i++) order[next[number[of_item[i]]]++] = i;
-    return groups;
+    return found;
+}
+
+/* What the items of each group sum up to, and the smallest budget that holds them. For the arguments see `arrange`. */
+static void sum_up(
+    const Tables *t, const Sum *items, const int32_t *group, int32_t count, Group *groups, const int32_t *number,
+    int32_t found
+) {
+    for (int32_t g = 0; g < found; g++) memset(&groups[g].sum, 0, sizeof(Sum));
+    for (int32_t i = 0; i < count; i++) add(&groups[number[group[i]]].sum, &items[i]);
+    for (int32_t g = 0; g < found; g++)
+        groups[g].smallest = (int32_t)(smallest(t, &groups[g].sum.size) - t->budget);
 }
 
 /*
  * Where the pixel rows of groups lie, as core.Stretches says it.
  *
  * starts: see `read`.
- * order, ends: see `arrange`.
+ * order: see `arrange`.
+ * groups: receive where the stretches of each end in `table`.
  * table: receives the stretches of all groups; [count, 2].
- * stretch_ends: receives where those of each group end there.
  */
-static void locate(
-    const int32_t *starts, const int32_t *order, const int32_t *ends, int32_t groups, int32_t *table,
-    int32_t *stretch_ends
-) {
+static void locate(const int32_t *starts, const int32_t *order, Group *groups, int32_t found, int32_t *table) {
     int32_t stretches = 0;
-    for (int32_t g = 0, i = 0; g < groups; g++) {
+    for (int32_t g = 0, i = 0; g < found; g++) {
         int32_t row = 0, end = -1; /* of the group, of the batch */
-        for (; i < ends[g]; i++) {
+        for (; i < groups[g].end; i++) {
             const int32_t first = starts[order[i]];
             if (first != end) table[2 * stretches++ + 1] = first;
             end = starts[order[i] + 1];
             row += end - first;
             table[2 * stretches - 2] = row;
         }
-        stretch_ends[g] = stretches;
+        groups[g].stretch_end = stretches;
     }
 }
 
@@ -285,7 +322,7 @@ static void locate(
  *
  * rows: see `read`.
  *
- * Of the tables, order and ends receive what `arrange` says, table and stretch_ends what `locate` says.
+ * Of the tables, groups, order and table receive what `arrange`, `sum_up` and `locate` say.
  *
  * Returns how many groups there are, 0 where an item exceeds the largest budget, -1 where memory is short.
  */
@@ -296,7 +333,8 @@ int32_t cheapest_groups(const Tables *t, const char *rows, int32_t count) {
     Sum *items = (Sum *)memory, *sums = items + n;
     double *least = (double *)(sums + n), *costs = least + n;
     Key *keys = (Key *)(costs + n);
-    int32_t *starts = (int32_t *)(keys + n), *group = starts + n, *best = group + n, *scratch = best + n;
+    int32_t *starts = (int32_t *)(keys + n), *group = starts + n, *best = group + n, *number = best + n;
+    int32_t *scratch = number + n;
 
     int32_t found = 0;
     if (read(t, rows, count, keys, items, starts)) {
@@ -308,8 +346,9 @@ int32_t cheapest_groups(const Tables *t, const char *rows, int32_t count) {
             found = best_runs(t, items, count, group, sums, least, costs, scratch);
             keep_cheaper(total(t, items, count, group, found, sums), group, count, &cost, best);
         }
-        found = arrange(best, keys, count, t->order, t->ends, scratch);
-        locate(starts, t->order, t->ends, found, t->table, t->stretch_ends);
+        found = arrange(best, keys, count, t->groups, t->order, number, scratch);
+        sum_up(t, items, best, count, t->groups, number, found);
+        locate(starts, t->order, t->groups, found, t->table);
     }
     free(memory);
     return found;

@@ -5,11 +5,10 @@ search.c is the same search, line by line, for where a millisecond counts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import reduce
 from itertools import accumulate, chain
 from struct import Struct
-from typing import NamedTuple
 
 import numpy as np
 
@@ -21,6 +20,10 @@ Size = tuple[int, ...]
 
 Group = list[int]
 """Items that run together, by index."""
+
+Found = tuple[Group, Stretches, Size, float, int]
+"""A group, ascending; where its pixel rows lie among those of all items; its size and its load; and the smallest budget
+that holds it, one more than there are where none does."""
 
 MOST_EXHAUSTIVE = 256
 NEAR_ENOUGH = 1.01
@@ -80,26 +83,7 @@ class Prices:
         return float(sizes[:, self.rows].sum() * self.least_per_row + loads.sum() * self.least_slope)
 
 
-class Found(NamedTuple):
-    """What a search finds.
-
-    Attributes:
-        groups: in the order in which their first items came, each ascending.
-        stretches: where the pixel rows of each lie among those of all items.
-    """
-
-    groups: list[Group]
-    stretches: list[Stretches]
-
-    @classmethod
-    def of(cls, groups: Iterable[Iterable[int]], rows: Iterable[int]) -> Found:
-        """Groups of items of so many patch rows, in any order."""
-        starts = [0, *accumulate(rows)]
-        in_order = sorted(map(sorted, groups))
-        return cls(in_order, [Stretches.of_items(group, starts) for group in in_order])
-
-
-def search(prices: Prices, known: Sequence[KnownGrid]) -> Found | None:
+def search(prices: Prices, known: Sequence[KnownGrid]) -> list[Group] | None:
     """Groups of items with the least predicted time among those of `cheapest_groups`.
 
     Args:
@@ -113,7 +97,7 @@ def search(prices: Prices, known: Sequence[KnownGrid]) -> Found | None:
         return None
     order = sorted(range(len(known)), key=lambda at: -known[at].size[prices.rows])
     found = cheapest_groups(prices, [known[at].size for at in order], [known[at].load for at in order])
-    return Found.of([[order[i] for i in group] for group in found], [own.size[prices.rows] for own in known])
+    return [[order[i] for i in group] for group in found]
 
 
 def cheapest_groups(prices: Prices, sizes: Sequence[Size], loads: Sequence[float]) -> list[Group]:
