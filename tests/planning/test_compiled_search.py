@@ -210,20 +210,38 @@ def test_three_and_four_kinds_share_a_library(anew: Path) -> None:
     assert load_library.cache_info().currsize == len(list(anew.iterdir())) == 1
 
 
+@given(st.lists(st.tuples(*[st.integers(1, 80)] * 2), min_size=1, max_size=12), st.sampled_from([1, 2, 3, 8, 24, 64]))
+def test_budgets_may_be_any_number_of_rows_apart(sizes, step) -> None:
+    rows = tuple(step * n for n in (3, 5, 9, 17, 80))
+    cost = CostModel(tuple(50.0 + n for n in rows), (0.0,) * 5, rows)
+    prices = Prices(cost, [list(rows), [9, 18, 30, 60, 200]], 0, [])
+    assert same(prices, [KnownGrid(Grid(1, 1, n), {}, (n, other)) for n, other in sizes])
+
+
+@pytest.mark.parametrize("sets", [0, 1, 2])
+def test_it_serves_any_number_of_segment_sets(sets: int) -> None:
+    rows = (LONG_ROWS, 4 * LONG_ROWS)
+    cost = CostModel((1000.0, 3900.0), (1e-3,) * 2, rows, long_slope=(1e-5,) * 2)
+    prices = Prices(cost, [list(rows), [8, 8], [8, 8]], 0, [(0, 1), (0, 2)][:sets])
+    for segments in [(1, 1), (1, 2), (2, 1), (2, 2)]:
+        items = [KnownGrid(Grid(1, 2, n // 2), {}, (n, *segments), n * n) for n in (LONG_ROWS, LONG_ROWS, 64, 2000)]
+        assert same(prices, items)
+
+
 def test_it_is_built_once_and_kept(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert load_library(4) is not None
+    assert load_library(4, 1) is not None
     (kept,) = anew.iterdir()
     written = kept.stat().st_mtime_ns
     monkeypatch.setenv("CC", "no-such-compiler")
     load_library.cache_clear()
-    assert load_library(4) is not None, "the kept one needs no compiler"
+    assert load_library(4, 1) is not None, "the kept one needs no compiler"
     assert [(path, path.stat().st_mtime_ns) for path in anew.iterdir()] == [(kept, written)]
 
 
 def test_what_cannot_be_loaded_is_built_anew(anew: Path) -> None:
-    kept = anew / f"search-{compiled_search._key((*FLAGS, '-DKINDS=4'))}.so"
+    kept = anew / f"search-{compiled_search._key((*FLAGS, '-DKINDS=4', '-DSETS=1'))}.so"
     kept.write_bytes(b"half of a")
-    assert load_library(4) is not None
+    assert load_library(4, 1) is not None
     assert kept.read_bytes().startswith(b"\x7fELF") or kept.stat().st_size > 1000
 
 
@@ -246,7 +264,7 @@ def test_without_a_compiler_python_searches(
 def test_no_compiler_at_all(anew: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", "")
-    assert load_library(4) is None
+    assert load_library(4, 1) is None
     assert "no cc, gcc, clang in PATH" in caplog.text
 
 
@@ -255,7 +273,7 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(
 ) -> None:
     (anew / "file").write_text("")
     monkeypatch.setenv("VITGRAPH_CACHE", str(anew / "file" / "folder"))
-    assert load_library(4) is not None
+    assert load_library(4, 1) is not None
     assert "compiled again next time" in caplog.text
 
 

@@ -31,7 +31,7 @@ COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O2", "-shared", "-fPIC", "-ffp-contract=off")
 """The last one: products and sums are rounded one by one, as numpy's are, and equal costs stay equal."""
 
-GUARD, NEAR_SHIFT = np.uint32(1 << 31), 6
+GUARD = np.uint32(1 << 31)
 """As in search.c."""
 
 MOST_ROWS = 1 << 30
@@ -45,10 +45,10 @@ class Tables(ctypes.Structure):
     """As search.c. Arrays are addresses."""
 
     _fields_ = (
-        *((name, ctypes.c_int32) for name in ("kinds", "rows", "sets", "budgets", "most_exhaustive")),
+        *((name, ctypes.c_int32) for name in ("kinds", "rows", "budgets", "most_exhaustive", "step_bits")),
         ("long_rows", ctypes.c_int64),
         *((name, ctypes.c_double) for name in ("near_enough", "least_per_row", "least_slope")),
-        *((name, ctypes.c_void_p) for name in ("budget", "near", "set_rows", "set_segments")),
+        *((name, ctypes.c_void_p) for name in ("budget", "by_step", "set_rows", "set_segments")),
         *((name, ctypes.c_void_p) for name in ("groups", "order", "table")),
     )
 
@@ -57,23 +57,23 @@ class CompiledSearch:
     """As `search.search`, in microseconds.
 
     Args:
-        library: `load_library`, as wide as a size of these prices.
+        library: `load_library`, for these prices.
         prices: of packs, of less than MOST_ROWS rows of each kind.
     """
 
     def __init__(self, library: ctypes.PyDLL, prices: Prices) -> None:
         self._function = library.cheapest_groups
-        sets = prices.sets if prices.tells_long else ()
-        set_rows, set_segments = np.asarray(sets, dtype=np.int32).reshape(-1, 2).T.copy()
+        set_rows, set_segments = np.asarray(_sets(prices), dtype=np.int32).reshape(-1, 2).T.copy()
+        step_bits = _step_bits(prices.columns[prices.rows])
         self._arrays = {
             "budget": _budgets_of(prices),
-            "near": prices.smallest[prices.rows][:: 1 << NEAR_SHIFT].astype(np.int32),
+            "by_step": prices.smallest[prices.rows][:: 1 << step_bits].astype(np.int32),
             "set_rows": set_rows,
             "set_segments": set_segments,
         }
         self._tables = Tables(
-            kinds=len(prices.columns), rows=prices.rows, sets=len(sets), budgets=len(self._arrays["budget"]),
-            most_exhaustive=MOST_EXHAUSTIVE, long_rows=LONG_ROWS, near_enough=NEAR_ENOUGH,
+            kinds=len(prices.columns), rows=prices.rows, budgets=len(self._arrays["budget"]),
+            most_exhaustive=MOST_EXHAUSTIVE, step_bits=step_bits, long_rows=LONG_ROWS, near_enough=NEAR_ENOUGH,
             least_per_row=prices.least_per_row, least_slope=prices.least_slope,
             **{name: array.ctypes.data for name, array in self._arrays.items()},
         )  # fmt: skip
@@ -131,6 +131,17 @@ def _budgets_of(prices: Prices) -> np.ndarray:
     return made
 
 
+def _step_bits(rows: Sequence[int]) -> int:
+    """The largest power of two that divides them all."""
+    together = int(np.bitwise_or.reduce(np.asarray(rows)))
+    return (together & -together).bit_length() - 1
+
+
+def _sets(prices: Prices) -> Sequence[tuple[int, int]]:
+    """Those of its `sets` that make a difference."""
+    return prices.sets if prices.tells_long else ()
+
+
 def _width(kinds: int) -> int:
     """KINDS of search.c."""
     return kinds + kinds % 2
@@ -144,14 +155,15 @@ def compiled_search(prices: Prices) -> CompiledSearch | None:
             "packing is searched in Python: search.c takes budgets of less than %d rows, not of %d", MOST_ROWS, most
         )
         return None
-    library = load_library(_width(len(prices.largest)))
+    library = load_library(_width(len(prices.largest)), len(_sets(prices)))
     return None if library is None else CompiledSearch(library, prices)
 
 
 @cache
-def load_library(width: int) -> ctypes.PyDLL | None:
-    """What search.c becomes with so many KINDS, from disk or built now; None, with a warning, where neither works."""
-    flags = (*FLAGS, f"-DKINDS={width}")
+def load_library(kinds: int, sets: int) -> ctypes.PyDLL | None:
+    """What search.c becomes with so many KINDS and SETS, from disk or built now; None, with a warning, where neither
+    works."""
+    flags = (*FLAGS, f"-DKINDS={kinds}", f"-DSETS={sets}")
     try:
         kept = cache_folder() / f"search-{_key(flags)}.so"
         with suppress(OSError):  # it is not there, or of no use

@@ -5,16 +5,14 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* KINDS of rows that a size has are given to the compiler: an even number; of the last one it may have 0 rows. */
+/* KINDS of rows that a size has are given to the compiler: an even number; of the last one it may have 0 rows. So is the
+ * number of segment SETS. */
 #define WORDS (KINDS / 2)
 
 /* The highest bit of the rows of each kind: set in a capacity, all outlast the subtraction of a size that it holds, and
  * of no other one. Rows are below 2^30. */
 #define GUARD 0x80000000u
 #define GUARDS 0x8000000080000000u
-
-/* Budgets are about so far apart: from `near`, few steps remain, and the table stays in the cache. */
-#define NEAR_SHIFT 6
 
 typedef union {
     uint32_t rows[KINDS];
@@ -43,12 +41,13 @@ typedef struct {
 
 /* As compiled_search.Tables. */
 typedef struct {
-    int32_t kinds, rows, sets, budgets, most_exhaustive;
+    int32_t kinds, rows, budgets, most_exhaustive, step_bits;
     int64_t long_rows;
     double near_enough, least_per_row, least_slope;
     const Budget *budget;                   /* ascending */
-    const int32_t *near;                    /* the smallest for 0 patch rows, for 1 << NEAR_SHIFT, for twice as many, ... */
-    const int32_t *set_rows, *set_segments; /* [sets] */
+    const int32_t *by_step;                 /* the smallest for 0 steps of 1 << step_bits patch rows, for 1, for 2, ...: the
+                                             * patch rows of every budget are whole steps */
+    const int32_t *set_rows, *set_segments; /* [SETS] */
     Group *groups; /* what is found, see `cheapest_groups` */
     int32_t *order, *table;
 } Tables;
@@ -79,8 +78,8 @@ static const Size *largest(const Tables *t) { return &t->budget[t->budgets - 1].
 /* Of a pack that the largest budget holds. No branches, here and in `price`, but one that is hardly ever taken: the
  * search asks this of thousands of packs, and what it decides of each could not be predicted. */
 static inline const Budget *smallest(const Tables *t, const Size *size) {
-    const Budget *budget = t->budget + t->near[size->rows[t->rows] >> NEAR_SHIFT];
-    budget += !holds(&budget->capacity, size);
+    const uint32_t steps = (size->rows[t->rows] + (1u << t->step_bits) - 1) >> t->step_bits;
+    const Budget *budget = t->budget + t->by_step[steps];
     while (!holds(&budget->capacity, size)) budget++;
     return budget;
 }
@@ -88,7 +87,7 @@ static inline const Budget *smallest(const Tables *t, const Size *size) {
 static inline double price(const Tables *t, const Size *size, double load) {
     const Budget *budget = smallest(t, size);
     int is_long = 1;
-    for (int s = 0; s < t->sets; s++) {
+    for (int s = 0; s < SETS; s++) {
         const int64_t rows = size->rows[t->set_rows[s]], segments = size->rows[t->set_segments[s]];
         is_long &= (segments == 1) | ((segments > 0) & (rows >= t->long_rows * segments));
     }
