@@ -18,6 +18,8 @@ Counts = Mapping[str, int]
 
 NOWHERE = b""
 
+TOLD = (1 << 31) - 1
+
 MOST_PATCHES = 1 << 40
 """Of one item: more than any machine holds, and few enough that no batch sums up to 2^64."""
 
@@ -64,8 +66,9 @@ class KnownGrid:
         load: of its attention, see `CostModel`.
         fits: whether the planner's largest budget holds such an item.
         place: where its part of the metadata lies on the device, an int32 as requests hold it, or NOWHERE.
+        patches: of the grid.
         digits: size and load as one number, so that they are summed as fast as numbers are; see `sums_of`.
-        row: size and load as the compiled search reads them.
+        row: size and load as the compiled search reads them: of each kind no more than TOLD rows.
     """
 
     grid: Grid
@@ -74,14 +77,17 @@ class KnownGrid:
     load: int = 0
     fits: bool = True
     place: bytes = NOWHERE
+    patches: int = field(init=False)
     digits: int = field(init=False)
     row: bytes = field(init=False)
 
     def __post_init__(self) -> None:
+        self.patches = self.grid.patches
         layout = _digits(len(self.size))
         size = layout.pack(*self.size)
         self.digits = int.from_bytes(size, "little") + (self.load << 8 * layout.size)
-        self.row = size + struct.pack("<d", self.load)
+        told = struct.Struct(f"={len(self.size)}I{len(self.size) % 2 * 4}xd")
+        self.row = told.pack(*(min(rows, TOLD) for rows in self.size), self.load)
 
 
 @cache

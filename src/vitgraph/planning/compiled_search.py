@@ -45,7 +45,7 @@ class Tables(ctypes.Structure):
     """As search.c. Arrays are addresses."""
 
     _fields_ = (
-        *((name, ctypes.c_int32) for name in ("kinds", "rows", "budgets", "most_exhaustive", "step_bits")),
+        *((name, ctypes.c_int32) for name in ("rows", "budgets", "most_exhaustive", "step_bits")),
         ("long_rows", ctypes.c_int64),
         *((name, ctypes.c_double) for name in ("near_enough", "least_per_row", "least_slope")),
         *((name, ctypes.c_void_p) for name in ("budget", "by_step", "set_rows", "set_segments")),
@@ -72,14 +72,14 @@ class CompiledSearch:
             "set_segments": set_segments,
         }
         self._tables = Tables(
-            kinds=len(prices.columns), rows=prices.rows, budgets=len(self._arrays["budget"]),
+            rows=prices.rows, budgets=len(self._arrays["budget"]),
             most_exhaustive=MOST_EXHAUSTIVE, step_bits=step_bits, long_rows=LONG_ROWS, near_enough=NEAR_ENOUGH,
             least_per_row=prices.least_per_row, least_slope=prices.least_slope,
             **{name: array.ctypes.data for name, array in self._arrays.items()},
         )  # fmt: skip
         self._reference = ctypes.byref(self._tables)
         # Of the numbers of rows the last one stands for no kind where kinds are odd.
-        kinds = len(prices.columns)
+        self._kinds = kinds = len(prices.columns)
         self._group = Struct(f"={kinds}I{4 * (_width(kinds) - kinds)}xd3i4x")
         self._make_room(MOST_EXHAUSTIVE)
 
@@ -105,14 +105,15 @@ class CompiledSearch:
                 raise MemoryError(f"no memory to pack {count} items in.")
             return None
         # All of it: the next call writes over what lies there.
-        groups, table = bytes(self._groups[: found * self._group.size]), bytes(self._table[: count * STRETCH_BYTES])
-        return self._made(groups, self._order[:count].tolist(), table)
+        groups = self._groups[: found * self._group.size].tobytes()
+        return self._made(groups, self._order[:count].tolist(), self._table[: count * STRETCH_BYTES].tobytes())
 
     def _made(self, groups: bytes, order: list[int], table: bytes) -> Iterator[Found]:
-        begin = first = 0
-        for *size, load, end, stretch_end, smallest in self._group.iter_unpack(groups):
+        kinds, begin, first = self._kinds, 0, 0
+        for group in self._group.iter_unpack(groups):
+            load, end, stretch_end, smallest = group[kinds:]
             stretches = Stretches(table[first * STRETCH_BYTES : stretch_end * STRETCH_BYTES])
-            yield order[begin:end], stretches, tuple(size), load, smallest
+            yield order[begin:end], stretches, group[:kinds], load, smallest
             begin, first = end, stretch_end
 
 

@@ -129,10 +129,7 @@ class Planner:
 
     def patches(self, grids: Grids) -> int:
         """Patch rows of all items; the plan of the same batch needs no other sums."""
-        if grids.size:
-            return grids.size[self._rows]
-        at = self._rows
-        return sum([own.size[at] for own in grids.known] if self._budgets else [grid.patches for grid in grids])
+        return grids.size[self._rows] if grids.size else sum([own.patches for own in grids.known])
 
     def known(self, grid: Grid) -> KnownGrid:
         """What is known of an item of this grid.
@@ -209,7 +206,7 @@ class Planner:
             groups: of items, by index, in any order.
             known: per item.
         """
-        starts = [0, *accumulate(own.grid.patches for own in known)]
+        starts = [0, *accumulate(own.patches for own in known)]
         for group in sorted(map(sorted, groups)):
             size, load = sums_of(sum(known[at].digits for at in group), len(self._kinds))
             yield group, Stretches.of_items(group, starts), size, load, self._smallest(size)

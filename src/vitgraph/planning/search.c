@@ -19,7 +19,7 @@ typedef union {
     uint64_t words[WORDS];
 } Size;
 
-/* An item, or the sum of several. */
+/* An item, as core.KnownGrid.row says it, or the sum of several. */
 typedef struct {
     Size size;
     double load;
@@ -41,7 +41,7 @@ typedef struct {
 
 /* As compiled_search.Tables. */
 typedef struct {
-    int32_t kinds, rows, budgets, most_exhaustive, step_bits;
+    int32_t rows, budgets, most_exhaustive, step_bits;
     int64_t long_rows;
     double near_enough, least_per_row, least_slope;
     const Budget *budget;                   /* ascending */
@@ -216,36 +216,24 @@ static void keep_cheaper(double cost, const int32_t *group, int32_t count, doubl
 }
 
 /*
- * Reads items, and sorts them, see `sort`.
+ * Sorts items, see `sort`.
  *
- * rows: per item its size, int64 per kind, and its load, a double.
+ * given: in the caller's order.
+ * items: receives them sorted.
  * starts: receives the first patch row of every item among those of all, and the end of the last.
  *
  * Returns 0 where an item exceeds the largest budget.
  */
-static int read(const Tables *t, const char *rows, int32_t count, Key *keys, Sum *items, int32_t *starts) {
-    const size_t width = sizeof(int64_t) * t->kinds + sizeof(double);
-    int64_t number;
+static int read(const Tables *t, const Sum *given, int32_t count, Key *keys, Sum *items, int32_t *starts) {
     starts[0] = 0;
     for (int32_t i = 0; i < count; i++) {
-        memcpy(&number, rows + i * width + sizeof(int64_t) * t->rows, sizeof number);
-        if (number > (int64_t)(largest(t)->rows[t->rows] ^ GUARD)) return 0;
-        keys[i].rows = (int32_t)number;
+        if (!holds(largest(t), &given[i].size)) return 0;
+        keys[i].rows = (int32_t)given[i].size.rows[t->rows];
         keys[i].place = i;
         starts[i + 1] = starts[i] + keys[i].rows;
     }
     sort(keys, count, t->most_exhaustive);
-    memset(items, 0, sizeof(Sum) * count);
-    for (int32_t i = 0; i < count; i++) {
-        const char *row = rows + keys[i].place * width;
-        for (int k = 0; k < t->kinds; k++) {
-            memcpy(&number, row + sizeof(int64_t) * k, sizeof number);
-            if (number >= GUARD) return 0;
-            items[i].size.rows[k] = (uint32_t)number;
-        }
-        if (!holds(largest(t), &items[i].size)) return 0;
-        memcpy(&items[i].load, row + sizeof(int64_t) * t->kinds, sizeof(double));
-    }
+    for (int32_t i = 0; i < count; i++) items[i] = given[keys[i].place];
     return 1;
 }
 
@@ -319,13 +307,13 @@ static void locate(const int32_t *starts, const int32_t *order, Group *groups, i
 /*
  * The cheapest groups of items.
  *
- * rows: see `read`.
+ * given: see `read`.
  *
  * Of the tables, groups, order and table receive what `arrange`, `sum_up` and `locate` say.
  *
  * Returns how many groups there are, 0 where an item exceeds the largest budget, -1 where memory is short.
  */
-int32_t cheapest_groups(const Tables *t, const char *rows, int32_t count) {
+int32_t cheapest_groups(const Tables *t, const Sum *given, int32_t count) {
     const size_t n = (size_t)count + 1;
     char *memory = malloc(n * (2 * sizeof(Sum) + sizeof(Key) + 2 * sizeof(double) + 6 * sizeof(int32_t)));
     if (memory == NULL) return -1;
@@ -336,7 +324,7 @@ int32_t cheapest_groups(const Tables *t, const char *rows, int32_t count) {
     int32_t *scratch = number + n;
 
     int32_t found = 0;
-    if (read(t, rows, count, keys, items, starts)) {
+    if (read(t, given, count, keys, items, starts)) {
         found = best_fit(t, items, count, best, (Size *)sums);
         double cost = total(t, items, count, best, found, sums);
         found = greedy(t, items, count, group);
