@@ -86,8 +86,9 @@ def test_what_is_settled_for_a_budget_is_what_every_pack_would_find(model, items
     budgets, cost = model
     cost = replace(cost, eager_rows=(cost.rows[0], cost.rows[-1] + 1), eager_time=eager)
     quick, thorough = Planner(RULE, budgets, cost), Planner(RULE, budgets, cost)
-    thorough._settled = [False] * len(budgets)
-    assert quick.plan(items) == thorough.plan(items)
+    thorough._settled = thorough._settled_without_eager = [False] * len(budgets)
+    for may_run_eager in (True, False):
+        assert quick.plan(items, eager=may_run_eager) == thorough.plan(items, eager=may_run_eager)
 
 
 @given(models(), st.lists(grids, min_size=1, max_size=7))

@@ -199,7 +199,7 @@ class Engine:
             return replace(
                 self._counters.stats,
                 fallbacks=dict(self._counters.stats.fallbacks),
-                metadata_hits=staging.grids.hits,
+                metadata_hits=staging.grids.hits + staging.spared,
                 metadata_misses=staging.grids.misses,
                 host_metadata=staging.written_on_host,
                 python_searches=self.planner.searched_in_python,

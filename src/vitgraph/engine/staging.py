@@ -42,6 +42,8 @@ class Staging:
         self._spec, self._device = tower.spec, device
         self.written_on_host = 0
         """Packs whose metadata the host wrote."""
+        self.spared = 0
+        """Lookups of metadata that lay on the device already; the cache counts its own hits."""
         self._sent: StagingSlot | None = None
         self._told = False
 
@@ -89,7 +91,7 @@ class Staging:
         """
         places = b""
         if self.holds(buffers, pack):
-            self.grids.count_hits(len(pack.grids))
+            self.spared += len(pack.grids)
         else:
             places = self._places(intake.composer, buffers, pack, stream)
         source = None
@@ -129,11 +131,11 @@ class Staging:
         known = pack.grids.known
         places = b"".join([own.place for own in known])
         if len(places) == WORD * len(known):  # none of them is NOWHERE
-            self.grids.count_hits(len(known))
+            self.spared += len(known)
             return places
         before = self.grids.lookups
         if composer.learn(known, self.grids.get_all):
-            self.grids.count_hits(len(known) - (self.grids.lookups - before))
+            self.spared += len(known) - (self.grids.lookups - before)
             return b"".join([own.place for own in known])
         if not self._told:
             self._told = True
@@ -154,7 +156,7 @@ class Staging:
         """
         pixels = pixels_of(pack, rows)
         if self.holds(buffers, pack):
-            self.grids.count_hits(len(pack.grids))
+            self.spared += len(pack.grids)
             self._bring_rows(buffers, pixels, stream)
         else:
             self.fill(buffers, pack.grids, pixels, stream)

@@ -101,6 +101,10 @@ class CostModel:
         other = self.replay(best, load, long)
         return (best, other) if other < time else (first, time)
 
+    def is_cheapest(self, budget: int) -> bool:
+        """Whether no larger budget is ever cheaper for a pack whose smallest budget this is."""
+        return self._cheapest_from[budget] == budget
+
     def is_settled(self, budget: int, most_load: float, eager_margin: float) -> bool:
         """Whether every pack whose smallest budget this is runs best in it: no larger one is ever cheaper, and eager
         never takes less than `eager_margin` of its time.
@@ -110,7 +114,7 @@ class CostModel:
             most_load: of a pack that it holds.
             eager_margin: see above.
         """
-        if self._cheapest_from[budget] != budget:
+        if not self.is_cheapest(budget):
             return False
         slowest = max(self.replay(budget, most_load, long) for long in (False, True))
         return self._least_eager(self.rows[budget]) >= eager_margin * slowest

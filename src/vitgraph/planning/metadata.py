@@ -83,11 +83,6 @@ class MetadataCache:
         """As `get`, but counts neither as hit nor as miss."""
         return self._entries.get(grid) or self._add(grid)
 
-    def count_hits(self, lookups: int) -> None:
-        """Counts lookups that a finished block of several grids made needless."""
-        with self._lock:
-            self.hits += lookups
-
     def warm(self, grids: Iterable[Grid]) -> None:
         """Computes the entries of these grids ahead of their first use; counts neither as hit nor as miss."""
         for grid in grids:

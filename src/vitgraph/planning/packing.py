@@ -78,6 +78,7 @@ class Planner:
         sets = len(self._rule.load_sets)
         most = [sets * float(rows) ** 2 for rows in cost.rows]
         self._settled = [cost.is_settled(budget, load, EAGER_MARGIN) for budget, load in enumerate(most)]
+        self._settled_without_eager = [*map(cost.is_cheapest, range(len(most)))]
         # One entry more than there are budgets: what fits none needs several packs.
         self._splits = [*map(cost.splitting_helps, range(len(most))), True]
 
@@ -230,7 +231,7 @@ class Planner:
             eager: whether it may run in none.
         """
         counts = dict(zip(self._kinds, grids.size, strict=True))
-        if self._settled[smallest]:
+        if (self._settled if eager else self._settled_without_eager)[smallest]:
             return counts, smallest, ""
         load, long = grids.load, self._rule.is_long(counts)
         index, replay = self._cost.cheapest(smallest, load, long)
