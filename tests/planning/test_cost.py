@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import combinations, pairwise
+from itertools import combinations, pairwise, product
 
 import numpy as np
 import pytest
@@ -86,9 +86,55 @@ def test_what_is_settled_for_a_budget_is_what_every_pack_would_find(model, items
     budgets, cost = model
     cost = replace(cost, eager_rows=(cost.rows[0], cost.rows[-1] + 1), eager_time=eager)
     quick, thorough = Planner(RULE, budgets, cost), Planner(RULE, budgets, cost)
-    thorough._settled = thorough._settled_without_eager = [False] * len(budgets)
+    thorough._settled = dict.fromkeys((True, False), [float("inf")] * len(budgets))
     for may_run_eager in (True, False):
         assert quick.plan(items, eager=may_run_eager) == thorough.plan(items, eager=may_run_eager)
+
+
+@st.composite
+def uneven_costs(draw: st.DrawFn) -> CostModel:
+    """Costs that nothing but their order of rows ties together."""
+    budgets, knots = draw(st.integers(1, 4)), draw(st.integers(0, 4))
+
+    def times(count: int, most: float) -> tuple[float, ...]:
+        return tuple(draw(st.lists(st.floats(0, most), min_size=count, max_size=count)))
+
+    def rows(count: int) -> tuple[int, ...]:
+        return tuple(sorted(draw(st.sets(st.integers(1, 60), min_size=count, max_size=count))))
+
+    return CostModel(
+        times(budgets, 100), times(budgets, 1), rows(budgets), rows(knots), times(knots, 150),
+        long_slope=times(budgets, 1), long_fixed=times(budgets, 20),
+    )  # fmt: skip
+
+
+@given(uneven_costs(), st.floats(0.5, 1.0))
+def test_what_a_budget_is_settled_from_holds_for_every_load(cost, margin) -> None:
+    for budget, most in enumerate(cost.rows):
+        for rows in range(most + 1):
+            for load, long in product((0.0, 1.0, 1e6), (False, True)):
+                if rows >= cost.settled_from(budget, None):
+                    assert cost.cheapest(budget, load, long)[0] == budget
+                if rows >= cost.settled_from(budget, margin):
+                    assert cost.cheapest(budget, load, long)[0] == budget
+                    assert cost.eager(rows, load, long) >= margin * cost.replay(budget, load, long) * (1 - 1e-9) - 1e-9
+
+
+def test_packs_of_few_rows_may_run_eager_where_others_are_settled() -> None:
+    budgets = ladder(64, 512)
+    curve = (1, 256, 257, 2048), (1000.0, 1000.0, 3000.0, 3200.0)
+    cost = CostModel((2000.0, 2500.0), (1e-6,) * 2, rows_of(budgets), *curve)
+    assert [cost.settled_from(budget, 0.97) for budget in (0, 1)] == [float("inf"), 257]
+    assert [cost.settled_from(budget, None) for budget in (0, 1)] == [0, 0]
+    planner = Planner(RULE, budgets, cost)
+    (large,), (many,) = planner.plan([Grid(1, 32, 32)]), planner.plan([Grid(1, 2, 2)] * 5)
+    assert (large.budget, many.budget, many.reason) == (1, None, EAGER_IS_FASTER)
+    assert [pack.budget for pack in planner.plan([Grid(1, 2, 2)] * 5, eager=False)] == [1]
+    faster, slower = (replace(cost, fixed=(time, time + 10.0)) for time in (1000.0, 3500.0))
+    assert [faster.settled_from(budget, 0.97) for budget in (0, 1)] == [0, 0]
+    assert [slower.settled_from(budget, 0.97) for budget in (0, 1)] == [float("inf")] * 2
+    dip = replace(cost, eager_rows=(1, 600, 2048), eager_time=(3000.0, 1000.0, 3000.0))
+    assert dip.settled_from(1, 0.97) == float("inf")
 
 
 @given(models(), st.lists(grids, min_size=1, max_size=7))

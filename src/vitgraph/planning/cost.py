@@ -69,9 +69,14 @@ class CostModel:
         return self.fixed[budget] + self._attention(budget, load, long)
 
     def _attention(self, budget: int, load: float, long: bool) -> float:
+        slope, begin = self._line(budget, long)
+        return slope * load + begin
+
+    def _line(self, budget: int, long: bool) -> tuple[float, float]:
+        """Of attention's time by its load: the slope, and where it begins."""
         if not (long and self.long_slope):
-            return self.slope[budget] * load
-        return self.long_slope[budget] * load + (self.long_fixed[budget] if self.long_fixed else 0.0)
+            return self.slope[budget], 0.0
+        return self.long_slope[budget], self.long_fixed[budget] if self.long_fixed else 0.0
 
     def eager(self, rows: int, load: float, long: bool = False) -> float:
         """Time of the eager forward on buffers of exactly `rows` patch rows; infinite where no curve is known."""
@@ -101,30 +106,36 @@ class CostModel:
         other = self.replay(best, load, long)
         return (best, other) if other < time else (first, time)
 
-    def is_cheapest(self, budget: int) -> bool:
-        """Whether no larger budget is ever cheaper for a pack whose smallest budget this is."""
-        return self._cheapest_from[budget] == budget
-
-    def is_settled(self, budget: int, most_load: float, eager_margin: float) -> bool:
-        """Whether every pack whose smallest budget this is runs best in it: no larger one is ever cheaper, and eager
-        never takes less than `eager_margin` of its time.
+    def settled_from(self, budget: int, eager_margin: float | None) -> float:
+        """Patch rows from which every pack whose smallest budget this is runs best in it: no larger one is ever
+        cheaper, and eager never takes less than `eager_margin` of its time. Infinite where there is no telling.
 
         Args:
             budget: its index.
-            most_load: of a pack that it holds.
-            eager_margin: see above.
+            eager_margin: see above; None: nothing runs eager.
         """
-        if not self.is_cheapest(budget):
-            return False
-        slowest = max(self.replay(budget, most_load, long) for long in (False, True))
-        return self._least_eager(self.rows[budget]) >= eager_margin * slowest
-
-    def _least_eager(self, most: int) -> float:
-        """No more than the eager time of any pack of at most so many rows."""
-        if not self.eager_rows:
+        if self._cheapest_from[budget] != budget:
             return float("inf")
-        knots = zip(self.eager_rows, self.eager_time, strict=True)
-        return min(self.eager_time[0], self._eager_fixed(most), *(time for rows, time in knots if rows <= most))
+        # A pack of fewer rows than the budget below holds has too much of something else.
+        fewest = (0, self.rows[budget - 1] + 1) if budget else (0,)
+        slower = (rows for rows in fewest if eager_margin is None or self._eager_is_slower(rows, budget, eager_margin))
+        return next(slower, float("inf"))
+
+    def _eager_is_slower(self, fewest: int, budget: int, margin: float) -> bool:
+        """Whether eager takes no less than `margin` of a replay, whatever the load, for any number of rows from
+        `fewest` to what the budget holds."""
+        if not self.eager_rows:
+            return True
+        most = self.rows[budget]
+        between = [time for rows, time in zip(self.eager_rows, self.eager_time, strict=True) if fewest <= rows <= most]
+        least = min(self._eager_fixed(fewest), self._eager_fixed(most), *between)
+        for long in (False, True):
+            own, beside = self._line(budget, long)
+            for other in range(bisect_left(self.rows, fewest), budget + 1):
+                slope, other_beside = self._line(other, long)
+                if slope < margin * own or least + other_beside < margin * (self.fixed[budget] + beside):
+                    return False
+        return True
 
     @cached_property
     def _cheapest_from(self) -> tuple[int, ...]:

@@ -75,12 +75,14 @@ class Planner:
         self._cost = cost
         self._prices = Prices(cost, self._columns, self._rows, self._sets)
         self._compiled_search = compiled_search(self._prices) if self._compiled and self._budgets else None
-        sets = len(self._rule.load_sets)
-        most = [sets * float(rows) ** 2 for rows in cost.rows]
-        self._settled = [cost.is_settled(budget, load, EAGER_MARGIN) for budget, load in enumerate(most)]
-        self._settled_without_eager = [*map(cost.is_cheapest, range(len(most)))]
+        budgets = range(len(cost.rows))
+        margins = {True: EAGER_MARGIN, False: None}
+        # Whether a pack may run eager -> per budget the patch rows from which it is the one.
+        self._settled = {
+            eager: [cost.settled_from(budget, margin) for budget in budgets] for eager, margin in margins.items()
+        }
         # One entry more than there are budgets: what fits none needs several packs.
-        self._splits = [*map(cost.splitting_helps, range(len(most))), True]
+        self._splits = [*map(cost.splitting_helps, budgets), True]
 
     def plan(self, grids: Sequence[Grid], split: bool = True, eager: bool = True) -> list[Pack]:
         """The packs of these items.
@@ -231,7 +233,7 @@ class Planner:
             eager: whether it may run in none.
         """
         counts = dict(zip(self._kinds, grids.size, strict=True))
-        if (self._settled if eager else self._settled_without_eager)[smallest]:
+        if grids.size[self._rows] >= self._settled[eager][smallest]:
             return counts, smallest, ""
         load, long = grids.load, self._rule.is_long(counts)
         index, replay = self._cost.cheapest(smallest, load, long)
