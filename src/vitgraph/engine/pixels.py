@@ -26,7 +26,9 @@ def pixels_of(pack: Pack, rows: BatchRows) -> list[PieceRows]:
         rows: of its batch.
     """
     if isinstance(rows, Tensor):
-        return [rows if count == rows.shape[0] else rows.narrow(0, first, count) for first, count in pack.stretches]
+        only = pack.stretches.only
+        stretches = pack.stretches if only is None else (only,)
+        return [rows if count == rows.shape[0] else rows.narrow(0, first, count) for first, count in stretches]
     found = []
     for piece in pack.pieces:
         own, count = rows[piece.item], piece.grid.patches

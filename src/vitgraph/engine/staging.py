@@ -103,16 +103,32 @@ class Staging:
         if source is not None:
             return Request(places, *source)
         pixels = pixels_of(pack, rows)
-        if all(piece.device != self._device for piece in pixels):
-            self._sent = slot = buffers.arena.next_slot()
-            landing, filled = land_rows(pixels, slot, stream)
-            if slot.landed is None:
-                slot.landed = intake.source_of(landing, Stretches.of_first(landing.shape[0]))
-            assert slot.landed is not None, "landing rows lie on the device, one after another, in the tower's dtype"
-            dtype, address, *_ = slot.landed
-            return Request(places, dtype, address, filled * landing.shape[1])
+        if self._all_elsewhere(rows, pixels):
+            return Request(places, *self._land(intake, buffers, pixels, stream))
         self._bring_rows(buffers, pixels, stream)
         return Request(places)
+
+    def _all_elsewhere(self, rows: BatchRows, pixels: Sequence[PieceRows]) -> bool:
+        """Whether none of a pack's rows lie on the device."""
+        if isinstance(rows, Tensor):
+            return rows.device != self._device
+        return all(piece.device != self._device for piece in pixels)
+
+    def _land(
+        self, intake: Intake, buffers: StaticBuffers, pixels: Sequence[PieceRows], stream: torch.cuda.Stream | None
+    ) -> tuple[int, int, int]:
+        """Sends rows, none of which lie on the device, to where they land there.
+
+        Returns:
+            What a request says of them: dtype, address and elements.
+        """
+        self._sent = slot = buffers.arena.next_slot()
+        landing, filled = land_rows(pixels, slot, stream)
+        if slot.landed is None:
+            slot.landed = intake.source_of(landing, Stretches.of_first(landing.shape[0]))
+        assert slot.landed is not None, "landing rows lie on the device, one after another, in the tower's dtype"
+        dtype, address, _, _ = slot.landed
+        return dtype, address, filled * landing.shape[1]
 
     def launched(self, mailbox: Mailbox) -> None:
         """Notes that the graph which reads what was sent has been launched.
