@@ -19,6 +19,7 @@ Counts = Mapping[str, int]
 NOWHERE = b""
 
 TOLD = (1 << 31) - 1
+"""More rows than any budget holds that is searched compiled."""
 
 MOST_PATCHES = 1 << 40
 """Of one item: more than any machine holds, and few enough that no batch sums up to 2^64."""

@@ -238,9 +238,8 @@ class VisionEncoder:
         if again is not None:
             return again
         known, rows, planner = self._known_of(grid_thw, key), self._rows_of(pixel_values), self.engine.planner
-        # What an earlier planner of the same engine knew is as good.
         count = rows.shape[0]
-        grids = planner.batch_of(known, count)
+        grids = planner.batch_of(known, count)  # what an earlier planner of the same engine knew is as good
         expected = planner.patches(grids)
         if count != expected:
             raise PatchError(f"pixel_values has {count} rows, but the grids hold {expected} patches.")
