@@ -5,8 +5,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* KINDS of rows that a size has are given to the compiler: an even number; of the last one it may have 0 rows. So is the
- * number of segment SETS. */
+/* KINDS of rows that a size has are given to the compiler: an even number; of the last one it may have 0 rows. So is
+ * the number of segment SETS. */
 #define WORDS (KINDS / 2)
 
 /* The highest bit of the rows of each kind: set in a capacity, all outlast the subtraction of a size that it holds, and
@@ -45,8 +45,8 @@ typedef struct {
     int64_t long_rows;
     double near_enough, least_per_row, least_slope;
     const Budget *budget;                   /* ascending */
-    const int32_t *by_step;                 /* the smallest for 0 steps of 1 << step_bits patch rows, for 1, for 2, ...: the
-                                             * patch rows of every budget are whole steps */
+    const int32_t *by_step;                 /* the smallest for 0 steps of 1 << step_bits patch rows, for 1, for 2, ...:
+                                             * the patch rows of every budget are whole steps */
     const int32_t *set_rows, *set_segments; /* [SETS] */
     Group *groups; /* what is found, see `cheapest_groups` */
     int32_t *order, *table;
@@ -194,7 +194,8 @@ static int by_rows_then_place(const void *a, const void *b) {
     return x->place < y->place ? -1 : 1;
 }
 
-/* The largest first, of equal ones the first. Up to some hundreds are inserted one by one, in less than half the time. */
+/* The largest first, of equal ones the first. Up to some hundreds are inserted one by one, in less than half the
+ * time. */
 static void sort(Key *keys, int32_t count, int32_t few) {
     if (count > few) {
         qsort(keys, count, sizeof(Key), by_rows_then_place);
