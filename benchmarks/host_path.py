@@ -152,7 +152,8 @@ def one_round(
     launches.clear()
     for start, end in paced(every_second_after_python(calls, python), gpu):
         launched, done = launches[0]
-        own = (launches[-1][0] - start - sum(after - before for before, after in launches[:-1])) / len(launches)
+        launching = sum(begun - begin for begin, begun in launches[:-1])
+        own = (launches[-1][0] - start - launching) / len(launches)
         times.append((launched - start, done - launched, end - done, own))
         launches.clear()
     timed = times[WARMUP::2]
@@ -228,8 +229,8 @@ def main() -> None:
     # Strict: every call replays graphs.
     with make_encoder(chosen.geometry, strict=True) as encoder:
         encoder.capture(progress=False)
-        launches: Launches = []
         alone = [launch_line(encoder, tokens, gpu) for tokens in LAUNCHED_TOKENS for gpu in IN_FLIGHT]
+        launches: Launches = []
         for graphs in (encoder.engine.ladder.graphs, encoder.engine.ladder.long):
             for index, whole in list(graphs.items()):
                 graph = ends_after_request(encoder, index, whole) if chosen.requests else whole

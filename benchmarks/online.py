@@ -54,7 +54,7 @@ class GreedyPlanner(Planner):
         return None  # one pack or several, `_search` says
 
     def _search(self, known: Sequence[KnownGrid]) -> Iterable[Found]:
-        order = sorted(range(len(known)), key=lambda at: -known[at].grid.patches)
+        order = sorted(range(len(known)), key=lambda at: -known[at].patches)
         groups = greedy([known[at].size for at in order], self._prices.largest)
         return self._found([[order[i] for i in group] for group in groups], known)
 

@@ -87,14 +87,18 @@ class KnownGrid:
         layout = _digits(len(self.size))
         size = layout.pack(*self.size)
         self.digits = int.from_bytes(size, "little") + (self.load << 8 * layout.size)
-        told = struct.Struct(f"={len(self.size)}I{len(self.size) % 2 * 4}xd")
-        self.row = told.pack(*(min(rows, TOLD) for rows in self.size), self.load)
+        self.row = struct.pack(sum_format(len(self.size)), *(min(rows, TOLD) for rows in self.size), self.load)
 
 
 @cache
 def _digits(kinds: int) -> struct.Struct:
     """A size as digits to the base of 2^64, which no sum of rows reaches."""
     return struct.Struct(f"<{kinds}Q")
+
+
+def sum_format(kinds: int) -> str:
+    """How the compiled search holds a size and a load, as `struct` says it: its sizes have an even number of kinds."""
+    return f"={kinds}I{kinds % 2 * 4}xd"
 
 
 def sums_of(digits: int, kinds: int) -> tuple[tuple[int, ...], int]:

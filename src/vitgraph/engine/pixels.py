@@ -26,9 +26,7 @@ def pixels_of(pack: Pack, rows: BatchRows) -> list[PieceRows]:
         rows: of its batch.
     """
     if isinstance(rows, Tensor):
-        only = pack.stretches.only
-        stretches = pack.stretches if only is None else (only,)
-        return [rows if count == rows.shape[0] else rows.narrow(0, first, count) for first, count in stretches]
+        return [rows if count == rows.shape[0] else rows.narrow(0, first, count) for first, count in pack.stretches]
     found = []
     for piece in pack.pieces:
         own, count = rows[piece.item], piece.grid.patches

@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from vitgraph.core import KnownGrid, Stretches
+from vitgraph.core import KnownGrid, Stretches, sum_format
 from vitgraph.measured import cache_folder
 from vitgraph.planning.cost import LONG_ROWS
 from vitgraph.planning.search import MOST_EXHAUSTIVE, NEAR_ENOUGH, Found, Prices
@@ -78,9 +78,8 @@ class CompiledSearch:
             **{name: array.ctypes.data for name, array in self._arrays.items()},
         )  # fmt: skip
         self._reference = ctypes.byref(self._tables)
-        # Of the numbers of rows the last one stands for no kind where kinds are odd.
-        self._kinds = kinds = len(prices.columns)
-        self._group = Struct(f"={kinds}I{4 * (_width(kinds) - kinds)}xd3i4x")
+        self._kinds = len(prices.columns)
+        self._group = Struct(f"{sum_format(self._kinds)}3i4x")
         self._make_room(MOST_EXHAUSTIVE)
 
     def _make_room(self, items: int) -> None:

@@ -112,8 +112,8 @@ class Planner:
         return self._several(grids, split, eager) if grids.known else iter(())
 
     def one_pack(self, grids: Grids, eager: bool = True) -> Pack | None:
-        """As `plan`, where all items run in one pack; None where several may cost less, or the largest budget does not
-        hold them."""
+        """As `plan`, where all items run in one pack; None where several may cost less, the largest budget does not
+        hold them, or nobody summed them up."""
         if not grids.size:
             return None
         smallest = self._smallest(grids.size)
@@ -131,7 +131,7 @@ class Planner:
         return Grids(known, self) if rows <= self._most_rows else Grids(known, self, ())
 
     def patches(self, grids: Grids) -> int:
-        """Patch rows of all items; the plan of the same batch needs no other sums."""
+        """Patch rows of all items."""
         return grids.size[self._rows] if grids.size else sum([own.patches for own in grids.known])
 
     def known(self, grid: Grid) -> KnownGrid:

@@ -19,7 +19,7 @@ typedef union {
     uint64_t words[WORDS];
 } Size;
 
-/* An item, as core.KnownGrid.row says it, or the sum of several. */
+/* An item, or the sum of several, as core.sum_format says it. Python's bytes begin at a multiple of eight. */
 typedef struct {
     Size size;
     double load;
