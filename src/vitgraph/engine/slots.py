@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitgraph.engine.cudart import copy_pinned
+
 if TYPE_CHECKING:
     from vitgraph.engine.buffers import MetadataLayout
 
@@ -96,11 +98,16 @@ class StagingSlot:
         """
         landing, copies = self._landing, self._copies
         stream = stream or torch.cuda.current_stream(self._device)
-        # The stream's own context manager takes less time than `torch.cuda.stream` and than `set_stream` twice.
-        with copies:
-            for row, run in runs:
-                self._send(self._landing_of(row, run.shape[0]), run, row)
-            self._arrived.record(copies)
+        for row, run in runs:
+            landed = self._landing_of(row, run.shape[0])
+            if self._can_lend(run):
+                self._lent = True
+                copy_pinned(landed, run, copies)
+            else:
+                # The stream's own context manager takes less time than `torch.cuda.stream`, or `set_stream` twice.
+                with copies:
+                    self._stage(landed, run, row)
+        self._arrived.record(copies)
         stream.wait_event(self._arrived)
         return landing
 
@@ -113,11 +120,12 @@ class StagingSlot:
             part = self._cuts[row, rows] = self._landing.narrow(0, row, rows)
         return part
 
-    def _send(self, landed: Tensor, run: Tensor, row: int) -> None:
-        if run.dtype == self._dtype and run.is_contiguous() and self._is_pinned(run):
-            self._lent = True
-            landed.copy_(run, non_blocking=True)
-            return
+    def _can_lend(self, run: Tensor) -> bool:
+        """Whether rows can travel from the caller's memory as they are."""
+        return run.dtype == self._dtype and run.is_contiguous() and self._is_pinned(run)
+
+    def _stage(self, landed: Tensor, run: Tensor, row: int) -> None:
+        """Casts rows into pinned ones, and sends those."""
         staged = self.pixels[row : row + run.shape[0]]
         rows = max(1, CHUNK_BYTES // (staged.stride(0) * staged.element_size()))
         for part, source, target in zip(staged.split(rows), run.split(rows), landed.split(rows), strict=True):
