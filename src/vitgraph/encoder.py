@@ -7,6 +7,7 @@ import os
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from reprlib import repr as shortened
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -291,14 +292,13 @@ class VisionEncoder:
         return found
 
     def _know(self, grid: Sequence[int]) -> KnownGrid:
-        key = tuple(grid)
-        if len(key) != 3:
-            raise PatchError(f"a grid is (t, h, w), not {key}.")
-        checked = Grid(*(int(n) for n in key))
-        self.spec.check_grid(checked)
-        if len(self._known) >= MOST_GRIDS:
-            self._known.clear()
-        known = self._known[key] = self.engine.known(checked)
+        own = _whole(grid)
+        known = self._known.get(own)
+        if known is None:
+            self.spec.check_grid(own)
+            if len(self._known) >= MOST_GRIDS:
+                self._known.clear()
+            known = self._known[own] = self.engine.known(own)
         return known
 
     def _rows_of(self, pixel_values: Tensor) -> Tensor:
@@ -327,8 +327,22 @@ def _batch_key(grid_thw: Tensor | Sequence[Sequence[int]]) -> Hashable:
     if isinstance(grid_thw, Tensor):
         usual = grid_thw.dtype is torch.int64 and grid_thw.is_cpu and grid_thw.dim() == 2 and grid_thw.shape[1] == 3
         return grid_thw.numpy().tobytes() if usual else None
-    key = tuple(grid_thw)
-    return tuple(map(tuple, key)) if key and isinstance(key[0], list) else key
+    try:
+        key = tuple(grid_thw)
+        return tuple(map(tuple, key)) if key and isinstance(key[0], list) else key
+    except TypeError as error:
+        raise PatchError(f"grid_thw holds one (t, h, w) per item, not {shortened(grid_thw)}.") from error
+
+
+def _whole(grid: Sequence[int]) -> Grid:
+    """The grid, if it has three whole numbers."""
+    try:
+        own = Grid(*map(int, grid))
+        if own == tuple(grid):
+            return own
+    except (TypeError, ValueError, OverflowError):  # no numbers, or not three of them
+        pass
+    raise PatchError(f"a grid is (t, h, w), three whole numbers of patches, not {shortened(grid)}.")
 
 
 def _host_grids(grid_thw: Tensor | Sequence[Sequence[int]]) -> list[Sequence[int]]:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from vitgraph import EncoderConfig, VisionEncoder
+from vitgraph.core import Grid
 from vitgraph.errors import ConfigError, EngineReleasedError, FallbackError, PatchError
 
 GRIDS = [(1, 8, 8), (1, 2, 2), (1, 6, 10), (1, 2, 20)]
@@ -166,12 +167,54 @@ def test_an_empty_batch_gives_an_empty_list() -> None:
         (torch.zeros(64, 1536), [(0, 8, 8)], "positive"),
         (torch.zeros(64, 1536), [(8, 8)], r"\(t, h, w\)"),
         (torch.zeros(64, 1536), torch.tensor([[1.0, 8, 8]]), "whole"),
+        (torch.zeros(64, 1536), [(1, 8, 8.5)], r"whole numbers of patches, not \(1, 8, 8.5\)"),
+        (torch.zeros(64, 1536), [torch.tensor([1.5, 8, 8])], "whole numbers"),
+        (torch.zeros(64, 1536), [(1, 8, float("inf"))], "whole numbers"),
+        (torch.zeros(64, 1536), [(1, 8, float("nan"))], "whole numbers"),
+        (torch.zeros(64, 1536), [(1, 8, "8")], "whole numbers"),
+        (torch.zeros(64, 1536), [([1], [8], [8])], "whole numbers"),
+        (torch.zeros(64, 1536), [(1, 8, None)], "whole numbers"),
+        (torch.zeros(64, 1536), [64], "whole numbers.*not 64"),
+        (torch.zeros(64, 1536), [[1, 8, 8], 64], r"one \(t, h, w\) per item.*64\]"),
+        (torch.zeros(64, 1536), 64, r"one \(t, h, w\) per item.*64"),
+        (torch.zeros(64, 1536), None, r"one \(t, h, w\) per item.*None"),
         ("pixels", [(1, 8, 8)], "floating point"),
     ],
 )
 def test_patches_that_do_not_fit_are_refused(rows, grids, message) -> None:
     with pytest.raises(PatchError, match=message):
         make().encode_patches(rows, grids)
+
+
+@pytest.mark.parametrize(
+    "grids",
+    [
+        [[1, 8, 8]],
+        [(1, 8.0, 8)],
+        [torch.tensor([1, 8, 8])],
+        [np.array([1, 8, 8])],
+        np.array([[1, 8, 8]]),
+        torch.tensor([[1, 8, 8]], dtype=torch.int32),
+    ],
+    ids=["lists", "floats", "tensors", "arrays", "an array", "an int32 tensor"],
+)
+def test_grids_come_in_many_forms(grids) -> None:
+    encoder = make()
+    x = torch.randn(64, 1536)
+    (want,) = encoder.encode_patches(x, [Grid(1, 8, 8)])
+    (got,) = encoder.encode_patches(x, grids)
+    assert got.grid == want.grid and torch.equal(got.tokens, want.tokens)
+
+
+def test_of_a_batch_only_new_grids_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, grids = make(), [Grid(1, 8, 8), Grid(1, 4, 4), Grid(1, 4, 8)]
+    encoder.encode_patches(rows_of(encoder, grids[:2]), grids[:2])
+    asked: list[Grid] = []
+    known = encoder.engine.known
+    monkeypatch.setattr(encoder.engine, "known", lambda grid: (asked.append(grid), known(grid))[1])
+    for given in (grids, torch.tensor(grids), [list(grid) for grid in grids]):
+        encoder.encode_patches(rows_of(encoder, grids), given)
+    assert asked == grids[2:]
 
 
 def test_images_only_families_refuse_clips() -> None:
