@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from vitgraph.engine.cudart import _find_copy, copy_pinned
+from vitgraph.engine.cudart import _find_copy, copy_pinned, loaded_file
 from vitgraph.engine.slots import StagingSlot
 
 
@@ -86,6 +86,11 @@ def test_a_copy_that_fails_raises(monkeypatch) -> None:
     monkeypatch.setattr("vitgraph.engine.cudart._find_copy", lambda: lambda *_: 700)
     with pytest.raises(RuntimeError, match="could not be copied to cpu: CUDA error 700"):
         copy_pinned(torch.zeros(2, 2), torch.ones(2, 2), Stream())  # type: ignore[arg-type]
+
+
+def test_libraries_are_named_as_torch_loads_them(monkeypatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert [loaded_file(name) for name in ("cudart", "cublasLt")] == ["libcudart.so.13", "libcublasLt.so.13"]
 
 
 def test_a_runtime_that_is_not_found_is_told_once(monkeypatch, caplog) -> None:

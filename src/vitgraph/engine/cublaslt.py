@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vitgraph.engine.cudart import loaded_file
 from vitgraph.layers.gemm import Kind
 
 MOST_NAMED = 8
@@ -109,8 +110,7 @@ class CublasLt:
     """
 
     def __init__(self, device: torch.device) -> None:
-        # torch has loaded it: the loader finds that one by its name.
-        self._library = ctypes.CDLL(f"libcublasLt.so.{(torch.version.cuda or '').split('.')[0]}")
+        self._library = ctypes.CDLL(loaded_file("cublasLt"))
         self._library.cublasLtGetVersion.restype = ctypes.c_size_t
         self._library.cublasLtGetStatusString.restype = ctypes.c_char_p
         self.device = device

@@ -1,4 +1,4 @@
-"""CUDA's runtime through ctypes: one kind of copy, for which torch takes the host longer."""
+"""CUDA's libraries past torch: which files it has loaded, and one kind of copy for which it takes the host longer."""
 
 from __future__ import annotations
 
@@ -38,14 +38,17 @@ def copy_pinned(target: Tensor, source: Tensor, stream: torch.cuda.Stream) -> No
         raise RuntimeError(f"rows could not be copied to {target.device}: CUDA error {status}.")
 
 
+def loaded_file(library: str) -> str:
+    """File name of a library of CUDA's. Torch has loaded it, and by this name the loader finds that one."""
+    return f"lib{library}.so.{(torch.version.cuda or '').split('.')[0]}"
+
+
 @cache
 def _find_copy() -> Callable[[int, int, int, int, int], int] | None:
     """The runtime's copy; None where the library that torch uses is not found."""
-    name = f"libcudart.so.{(torch.version.cuda or '').split('.')[0]}"
     try:
-        # torch has loaded it: the loader finds that one by its name. PyDLL keeps the interpreter's lock, which takes
-        # longer to get back than the call.
-        function = ctypes.PyDLL(name).cudaMemcpyAsync
+        # PyDLL keeps the interpreter's lock, which takes longer to get back than the call.
+        function = ctypes.PyDLL(loaded_file("cudart")).cudaMemcpyAsync
     except (OSError, AttributeError) as error:
         logger.warning("pinned rows are copied by torch, which takes the host longer: %s", error)
         return None
