@@ -180,8 +180,8 @@ class Planner:
             known = [self.known(piece.grid) for piece in pieces]
         for group, stretches, size, load, smallest in found or self._some_alone(known):
             together = Grids([known[at] for at in group], self, size, load)
-            fits = smallest < len(self._budgets)
-            where = self._placed(together, smallest, eager) if fits else self._nowhere(together.known[0])
+            is_held = smallest < len(self._budgets)
+            where = self._placed(together, smallest, eager) if is_held else self._nowhere(together.known[0])
             yield Pack.of_some(group, pieces, stretches, together, *where)
 
     def _search(self, known: Sequence[KnownGrid]) -> Iterable[Found] | None:
