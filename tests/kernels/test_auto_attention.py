@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from vitgraph.attention.sdpa import SdpaAttention
 from vitgraph.attention.select import select_attention
 from vitgraph.core import Grid
 from vitgraph.errors import ConfigError
-from vitgraph.launch import compiling
+from vitgraph.launch import compiling, only_compiles
 from vitgraph.measured import cache_folder
 
 CPU = torch.device("cpu")
@@ -92,20 +94,43 @@ def test_the_faster_backend_runs_packs_of_one_segment_and_no_others(caplog) -> N
     ]  # fmt: skip
 
 
+class WarmedUp(Other):
+    """Counts warm-ups, of which those in a `compiling` block."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.warm_ups, self.ahead = name, 0, 0
+
+    def warm_up(self, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> None:
+        assert (heads, head_dim, device, dtype) == (2, 8, CPU, torch.float32)
+        self.warm_ups += 1
+        self.ahead += only_compiles()
+
+
+TIMES = {rows: {"triton": 100.0, "other": 50.0, "unused": 200.0} for rows in CLASSES}
+
+
 def test_what_was_chosen_is_warmed_up_when_the_times_come_from_a_file() -> None:
-    class Compiled(Other):
-        warm_ups = 0
-
-        def warm_up(self, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> None:
-            self.warm_ups += 1
-
-    own, chosen, unused = Own(), Compiled(), Compiled()
-    unused.name = "unused"
+    own, chosen, unused = Own(), WarmedUp("other"), WarmedUp("unused")
     attention = AutoAttention(own, [chosen, unused], CPU, torch.float32)
-    times = {"triton": 100.0, "other": 50.0, "unused": 200.0}
-    save_times(attention._key(2, 8), dict.fromkeys(CLASSES, times))
+    save_times(attention._key(2, 8), TIMES)
     attention(*torch.randn(8, 3, 2, 8).unbind(1), make_segments(8, [8], 0), 1.0)
     assert (chosen.warm_ups, unused.warm_ups) == (1, 0)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_what_will_be_measured_or_was_chosen_is_warmed_up_while_kernels_are_compiled(kept: bool) -> None:
+    own, chosen, unused = Own(), WarmedUp("other"), WarmedUp("unused")
+    attention = AutoAttention(own, [chosen, unused], CPU, torch.float32)
+    if kept:
+        save_times(attention._key(2, 8), TIMES)
+    for block in range(2):
+        with compiling(CPU):
+            for _ in range(3):
+                attention(*torch.randn(8, 3, 2, 8).unbind(1), make_segments(8, [8], 0), 1.0)
+            assert chosen.warm_ups == block, "when all is launched"
+    assert (chosen.ahead, unused.ahead) == (1, 0 if kept else 1), "and once"
+    assert own.calls == 6 and not has_own_graph(attention, 16384), "nothing is chosen by that"
 
 
 def test_nothing_is_measured_while_kernels_are_compiled() -> None:
@@ -242,6 +267,22 @@ def test_kernels_are_kept_where_they_can_be(tmp_path, monkeypatch) -> None:
 def test_flash_wheels_that_are_not_here_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=f"attention='{name}' needs CUDA"):
         select_attention(name, CPU, torch.float32)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel is compiled there")
+@pytest.mark.parametrize("backend", [flash.Fa3Attention(), flash.Fa4Attention()], ids=["fa3", "fa4"])
+def test_a_flash_wheel_is_warmed_up_by_one_segment_of_several_tiles(backend, monkeypatch) -> None:
+    pytest.importorskip("triton")
+    ran: list[tuple] = []
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, **options: object) -> tuple[Tensor]:
+        ran.append((q.shape, v.dtype, v.device, cu_seqlens_q.tolist()))
+        return (torch.empty_like(q),)
+
+    monkeypatch.setitem(sys.modules, "fa3_fwd_interface", SimpleNamespace(_flash_attn_forward=forward))
+    monkeypatch.setattr(flash, "_fa4", lambda device, head_dim: forward)
+    backend.warm_up(3, 16, CPU, torch.bfloat16)
+    assert ran == [((512, 3, 16), torch.bfloat16, CPU, [0, 512])] and flash.TILE[0] < 512
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel is compiled there")

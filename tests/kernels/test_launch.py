@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
 import triton
 
-from vitgraph.launch import compiling, launch_kernel, only_compiles
+from vitgraph import launch
+from vitgraph.launch import compiling, launch_kernel, meanwhile, only_compiles
 
 DEVICE = torch.device("cpu")
 
@@ -102,11 +105,76 @@ def test_what_cannot_be_loaded_is_left_to_its_launch() -> None:
     assert broken.launched
 
 
+def test_a_kernel_is_loaded_where_it_was_compiled_while_others_still_compile() -> None:
+    done, kernel = threading.Event(), Compiled(False)
+
+    class Loaded(Compiled):
+        @property
+        def run(self) -> object:
+            done.set()
+            return super().run
+
+    first = Loaded(False)
+    with ThreadPoolExecutor(2, "compilers") as pool:
+        compilers = launch._LoadingPool(pool, DEVICE)
+        slow = compilers.submit(lambda wanted: wanted if done.wait(10) else None, kernel)
+        quick = compilers.submit(lambda: first)
+        assert slow.result() is kernel and quick.result() is first
+    assert first.loaded_by.startswith("compilers") and kernel.loaded_by.startswith("compilers")
+
+
+def test_a_kernel_that_is_compiled_and_cannot_be_loaded_is_a_kernel() -> None:
+    broken = Compiled(True)
+    with ThreadPoolExecutor(1) as pool:
+        assert launch._LoadingPool(pool, DEVICE).submit(lambda: broken).result() is broken
+    assert broken.loaded_by
+
+
+def test_triton_begins_with_both_steps_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashes, builds, met = threading.Event(), threading.Event(), []
+
+    def triton_key() -> None:
+        hashes.set()
+        met.append(builds.wait(10))
+
+    def get_current_device() -> None:
+        builds.set()
+        met.append(hashes.wait(10))
+
+    active = SimpleNamespace(get_current_device=get_current_device)
+    monkeypatch.setattr(triton.runtime.cache, "triton_key", triton_key)
+    monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=active))
+    with compiling(DEVICE):
+        assert met == [True, True], "before the first launch"
+
+
+def test_other_work_is_done_when_everything_is_launched() -> None:
+    kernel, later, events = Kernel(), Kernel(), []
+
+    def work() -> None:
+        events.append(len(kernel.compiled))
+        launch_kernel(later, (1,))
+
+    def fail() -> None:
+        raise RuntimeError("no such head dim")
+
+    with compiling(DEVICE):
+        meanwhile(fail)
+        meanwhile(work)
+        launch_kernel(kernel, (1,))
+        assert not events
+    assert events == [1], "one that fails keeps no other from its turn"
+    assert later.compiled and not later.launched
+    with pytest.raises(AssertionError, match="while kernels are compiled"):
+        meanwhile(work)
+
+
 def test_an_error_in_the_block_ends_it() -> None:
-    kernel = Kernel()
+    kernel, events = Kernel(), []
     with pytest.raises(ValueError, match="of the forward"), compiling(DEVICE):
+        meanwhile(lambda: events.append("work"))
         raise ValueError("of the forward")
-    assert not only_compiles()
+    assert not only_compiles() and not events
     with triton.AsyncCompileMode(None):  # another one may begin
         launch_kernel(kernel, (1,))
     assert kernel.launched

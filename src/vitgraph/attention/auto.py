@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from vitgraph.attention.base import LONG, Segments, VarlenAttention, kernel_of, tune, warm_up
-from vitgraph.attention.choices import choice_key, measure_once
+from vitgraph.attention.choices import Times, choice_key, load_times, measure_once
 from vitgraph.attention.opaque import attend_opaquely, handle_of
 from vitgraph.attention.trial import Time, device_time, loaded_time, nearest_class, segments_of
-from vitgraph.launch import only_compiles
+from vitgraph.launch import meanwhile, only_compiles
 
 logger = logging.getLogger("vitgraph")
 
@@ -63,6 +63,7 @@ class AutoAttention:
         self._device, self._dtype = device, dtype
         self._time, self._loaded = time, loaded
         self._chosen: dict[int, VarlenAttention] = {}
+        self._prepared = False
         self._handle = handle_of(self)
 
     def block(self, rows: int, longest: int) -> int:
@@ -83,7 +84,9 @@ class AutoAttention:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
         if torch.compiler.is_compiling():
             return attend_opaquely(self._handle, q, k, v, segments, scale, segments.form)
-        if not self._chosen and not torch.cuda.is_current_stream_capturing() and not only_compiles():
+        if only_compiles():
+            self._prepare(q.shape[1], q.shape[2])
+        elif not self._chosen and not torch.cuda.is_current_stream_capturing():
             self._choose(q.shape[1], q.shape[2])
         backend = self._choice(q.shape[0]) if segments.form == LONG else self.own
         return backend(q, k, v, segments, scale)
@@ -98,17 +101,31 @@ class AutoAttention:
             return self.own
         return self._chosen[nearest_class(rows, list(self._chosen))]
 
+    def _prepare(self, heads: int, head_dim: int) -> None:
+        """Has the others compile what they run, too: all that are measured, or those that were chosen before."""
+        if self._prepared:
+            return
+        self._prepared = True
+        times = load_times(self._key(heads, head_dim))
+        for backend in self.others if times is None else {*self._best(times).values()}:
+            meanwhile(partial(warm_up, backend, heads, head_dim, self._device, self._dtype))
+
     def _choose(self, heads: int, head_dim: int) -> None:
         key = self._key(heads, head_dim)
-        times = measure_once(key, CLASSES, lambda rows: self._measure(rows, heads, head_dim))
-        candidates = {backend.name: backend for backend in (self.own, *self.others)}
-        for rows, own in times.items():
-            best = min(own, key=lambda name: own[name] * (1 if name == self.own.name else 1 / MARGIN))
-            self._chosen[rows] = candidates[best]
+        self._chosen = self._best(measure_once(key, CLASSES, lambda rows: self._measure(rows, heads, head_dim)))
         # Where the times come from a file, nothing has run yet, and what follows may be a capture.
         for backend in set(self._chosen.values()):
             warm_up(backend, heads, head_dim, self._device, self._dtype)
         logger.info("attention for %s: %s", key, self.describe())
+
+    def _best(self, times: Times) -> dict[int, VarlenAttention]:
+        """The choice for each number of rows."""
+        candidates = {backend.name: backend for backend in (self.own, *self.others)}
+        found: dict[int, VarlenAttention] = {}
+        for rows, own in times.items():
+            best = min(own, key=lambda name: own[name] * (1 if name == self.own.name else 1 / MARGIN))
+            found[rows] = candidates[best]
+        return found
 
     def _measure(self, rows: int, heads: int, head_dim: int) -> dict[str, float]:
         """Microseconds by backend for one segment that fills a buffer."""

@@ -54,6 +54,10 @@ class Fa3Attention:
     def version() -> str:
         return _version("fa3-fwd")
 
+    def warm_up(self, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> None:
+        """Loads what it runs, and compiles what runs beside it."""
+        _run_once(self, heads, head_dim, device, dtype)
+
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
         import fa3_fwd_interface
 
@@ -83,9 +87,7 @@ class Fa4Attention:
 
     def warm_up(self, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> None:
         """Compiles what it runs: no capture can hold that."""
-        q, k, v = torch.zeros(WARM_UP_ROWS, 3, heads, head_dim, device=device, dtype=dtype).unbind(1)
-        ends = torch.tensor([0, WARM_UP_ROWS], dtype=torch.int32, device=device)
-        self(q, k, v, Segments(ends, WARM_UP_ROWS), 1.0)
+        _run_once(self, heads, head_dim, device, dtype)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
         return _guarded(_fa4(q.device, q.shape[2]), q, k, v, segments, scale)
@@ -127,6 +129,14 @@ def _fa4(device: torch.device, head_dim: int) -> Callable[..., Any]:
         return flash_attn_varlen_func
     # P read from registers, the default where a tile is given, makes tiles of 192 rows slower by a third.
     return partial(forward, tile_mn=TILE, mma_pv_is_rs=False)
+
+
+def _run_once(
+    backend: Fa3Attention | Fa4Attention, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype
+) -> None:
+    q, k, v = torch.zeros(WARM_UP_ROWS, 3, heads, head_dim, device=device, dtype=dtype).unbind(1)
+    ends = torch.tensor([0, WARM_UP_ROWS], dtype=torch.int32, device=device)
+    backend(q, k, v, Segments(ends, WARM_UP_ROWS), 1.0)
 
 
 def _guarded(kernel: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vitgraph.engine.cudart import loaded_file
+from vitgraph.engine.order import current_handle
 from vitgraph.layers.gemm import Kind
 
 MOST_NAMED = 8
@@ -192,7 +193,7 @@ class CublasLt:
         """
         own, add = self._describe(problem), self._one if problem.kind == "add" else self._zero
         target = ctypes.c_void_p(out.data_ptr())
-        stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
+        stream = ctypes.c_void_p(current_handle(self.device))
         with self._lock:  # the bias is a part of the description
             if bias is not None:
                 self._set_product(own.product, _BIAS, ctypes.c_void_p(bias.data_ptr()))
