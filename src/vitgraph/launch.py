@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -23,29 +22,21 @@ logger = logging.getLogger("vitgraph")
 MOST_THREADS = 16
 
 
-@dataclass
-class _Block:
-    """What a `compiling` block has been asked for."""
-
-    kernels: list[Any] = field(default_factory=list)
-    works: list[Callable[[], object]] = field(default_factory=list)
-
-
-_block: ContextVar[_Block | None] = ContextVar("vitgraph_kernels_to_compile", default=None)
+_works: ContextVar[list[Callable[[], object]] | None] = ContextVar("vitgraph_works_while_compiling", default=None)
+"""What the `compiling` block that is open has been asked to run; None outside."""
 
 
 def launch_kernel(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """`kernel[grid](*args, **options)`; in a `compiling` block the kernel is compiled and does not run."""
-    block = _block.get()
-    if block is None:
-        kernel[grid](*args, **options)
+    if only_compiles():
+        kernel.warmup(*args, grid=grid, **options)
     else:
-        block.kernels.append(kernel.warmup(*args, grid=grid, **options))
+        kernel[grid](*args, **options)
 
 
 def only_compiles() -> bool:
     """Whether launches of this thread compile their kernels instead."""
-    return _block.get() is not None
+    return _works.get() is not None
 
 
 def meanwhile(work: Callable[[], object]) -> None:
@@ -53,9 +44,9 @@ def meanwhile(work: Callable[[], object]) -> None:
 
     It may launch kernels, which are compiled, too. What it raises is logged: who needs it later meets that again.
     """
-    block = _block.get()
-    assert block is not None, "only while kernels are compiled"
-    block.works.append(work)
+    works = _works.get()
+    assert works is not None, "only while kernels are compiled"
+    works.append(work)
 
 
 @contextmanager
@@ -70,21 +61,18 @@ def compiling(device: torch.device) -> Iterator[None]:
     """
     from triton import AsyncCompileMode
 
-    block = _Block()
+    works: list[Callable[[], object]] = []
     threads = min(MOST_THREADS, os.cpu_count() or 1)
     with ThreadPoolExecutor(threads, "vitgraph-compile") as pool:
         _try(partial(_begin, pool))
-        before = _block.set(block)
+        before = _works.set(works)
         try:
             with AsyncCompileMode(_LoadingPool(pool, device), ignore_errors=True):
                 yield
-                for work in block.works:
+                for work in works:
                     _try(work)
         finally:
-            _block.reset(before)
-        # Those that had been compiled before the block.
-        for kernel in {id(kernel): kernel for kernel in block.kernels}.values():
-            pool.submit(_try, partial(_load, kernel, device))
+            _works.reset(before)
 
 
 def _begin(pool: ThreadPoolExecutor) -> None:
@@ -122,9 +110,8 @@ def _load(kernel: Any, device: torch.device) -> None:
     """Makes what a launch needs.
 
     Args:
-        kernel: compiled by Triton, or its future; None where a hook of Triton's took it.
+        kernel: compiled by Triton; None where a hook of Triton's took it.
         device: see `compiling`.
     """
     with torch.cuda.device(device):
-        compiled = kernel.result() if hasattr(kernel, "result") else kernel
-        _ = getattr(compiled, "run", None)  # a property, which loads the kernel when it is asked for first
+        _ = getattr(kernel, "run", None)  # a property, which loads the kernel when it is asked for first

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 import torch
 import triton
+from triton.runtime._async_compile import active_mode
 
 from vitgraph import launch
 from vitgraph.launch import compiling, launch_kernel, meanwhile, only_compiles
@@ -30,6 +32,11 @@ class Compiled:
         return self
 
 
+def compiled_by_triton(compile_kernel: Callable[[], Compiled]) -> Future[Compiled]:
+    """As Triton compiles while its mode is active."""
+    return active_mode.get().executor.submit(compile_kernel)
+
+
 class Kernel:
     """Notes its launches, and what was compiled for which options."""
 
@@ -41,8 +48,11 @@ class Kernel:
     def __getitem__(self, grid: tuple[int, ...]):
         return lambda *args, **options: self.launched.append((grid, args, options))
 
-    def warmup(self, *args: object, grid: tuple[int, ...], **options: object) -> Compiled:
-        return self.compiled.setdefault(tuple(options.items()), Compiled(self.fails))
+    def warmup(self, *args: object, grid: tuple[int, ...], **options: object) -> None:
+        form = tuple(options.items())
+        if form not in self.compiled:
+            compiled = self.compiled[form] = Compiled(self.fails)
+            compiled_by_triton(lambda: compiled)
 
 
 @pytest.fixture(autouse=True)
@@ -79,20 +89,17 @@ def test_in_a_block_each_kernel_is_compiled_and_loaded_in_a_thread_and_none_runs
     assert len(one.launched) == 1
 
 
-def test_a_future_of_a_kernel_is_waited_for() -> None:
-    class Future:
-        compiled = Compiled(False)
-
-        def result(self) -> Compiled:
-            return self.compiled
+def test_a_kernel_that_compiles_slowly_is_waited_for() -> None:
+    compiled, end = Compiled(False), threading.Event()
 
     class Slow(Kernel):
-        def warmup(self, *args: object, grid: tuple[int, ...], **options: object) -> Future:  # type: ignore[override]
-            return Future()
+        def warmup(self, *args: object, grid: tuple[int, ...], **options: object) -> None:
+            compiled_by_triton(lambda: compiled if end.wait(10) else Compiled(False))
 
     with compiling(DEVICE):
         launch_kernel(Slow(), (1,))
-    assert Future.compiled.loaded_by
+        threading.Timer(0.1, end.set).start()
+    assert compiled.loaded_by
 
 
 def test_what_cannot_be_loaded_is_left_to_its_launch() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cache, partial
 from importlib import import_module
@@ -33,13 +34,26 @@ WARM_UP_ROWS = 512
 """More than one tile, for which another kernel would be compiled."""
 
 
-class Fa3Attention:
-    """FlashAttention-3 (wheel `fa3-fwd`): compute capability 8.x and 9.x, bf16."""
-
-    name = "fa3"
+class FlashWheel(ABC):
+    """What the wheels have in common."""
 
     def block(self, rows: int, longest: int) -> int:
         return 0
+
+    def warm_up(self, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> None:
+        """Loads or compiles what it runs, which no capture can hold, and compiles what runs beside it."""
+        q, k, v = torch.zeros(WARM_UP_ROWS, 3, heads, head_dim, device=device, dtype=dtype).unbind(1)
+        ends = torch.tensor([0, WARM_UP_ROWS], dtype=torch.int32, device=device)
+        self(q, k, v, Segments(ends, WARM_UP_ROWS), 1.0)
+
+    @abstractmethod
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor: ...
+
+
+class Fa3Attention(FlashWheel):
+    """FlashAttention-3 (wheel `fa3-fwd`): compute capability 8.x and 9.x, bf16."""
+
+    name = "fa3"
 
     @staticmethod
     def missing(device: torch.device, dtype: torch.dtype) -> str:
@@ -54,23 +68,16 @@ class Fa3Attention:
     def version() -> str:
         return _version("fa3-fwd")
 
-    def warm_up(self, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> None:
-        """Loads what it runs, and compiles what runs beside it."""
-        _run_once(self, heads, head_dim, device, dtype)
-
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
         import fa3_fwd_interface
 
         return _guarded(fa3_fwd_interface._flash_attn_forward, q, k, v, segments, scale)
 
 
-class Fa4Attention:
+class Fa4Attention(FlashWheel):
     """FlashAttention-4 (wheel `flash-attn-4`, CuTe DSL): compiled on first use; compute capability 8.x to 12.x."""
 
     name = "fa4"
-
-    def block(self, rows: int, longest: int) -> int:
-        return 0
 
     @staticmethod
     def missing(device: torch.device, dtype: torch.dtype) -> str:
@@ -84,10 +91,6 @@ class Fa4Attention:
     @staticmethod
     def version() -> str:
         return _version("flash-attn-4")
-
-    def warm_up(self, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> None:
-        """Compiles what it runs: no capture can hold that."""
-        _run_once(self, heads, head_dim, device, dtype)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
         return _guarded(_fa4(q.device, q.shape[2]), q, k, v, segments, scale)
@@ -129,14 +132,6 @@ def _fa4(device: torch.device, head_dim: int) -> Callable[..., Any]:
         return flash_attn_varlen_func
     # P read from registers, the default where a tile is given, makes tiles of 192 rows slower by a third.
     return partial(forward, tile_mn=TILE, mma_pv_is_rs=False)
-
-
-def _run_once(
-    backend: Fa3Attention | Fa4Attention, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype
-) -> None:
-    q, k, v = torch.zeros(WARM_UP_ROWS, 3, heads, head_dim, device=device, dtype=dtype).unbind(1)
-    ends = torch.tensor([0, WARM_UP_ROWS], dtype=torch.int32, device=device)
-    backend(q, k, v, Segments(ends, WARM_UP_ROWS), 1.0)
 
 
 def _guarded(kernel: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
