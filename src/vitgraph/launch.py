@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -22,21 +23,61 @@ logger = logging.getLogger("vitgraph")
 MOST_THREADS = 16
 
 
-_works: ContextVar[list[Callable[[], object]] | None] = ContextVar("vitgraph_works_while_compiling", default=None)
-"""What the `compiling` block that is open has been asked to run; None outside."""
+POINTER_ALIGNMENT = 16
+"""Bytes: Triton compiles a kernel of its own for pointers that are no multiple of it."""
+
+
+@cache
+def begin() -> tuple[Future[object], ...]:
+    """Has threads do what the first kernel of a process waits for: Triton hashes itself, and builds its driver. Half a
+    second each that whoever calls this early, while a checkpoint is read, does not wait for later."""
+    import triton.runtime  # noqa: F401 - here, as threads that import at once wait for each other
+
+    pool = ThreadPoolExecutor(2, "vitgraph-triton")
+    begun = pool.submit(_hash_triton), pool.submit(_build_driver)
+    pool.shutdown(wait=False)
+    return begun
+
+
+def _hash_triton() -> object:
+    from triton.runtime import cache as triton_cache
+
+    return triton_cache.triton_key()
+
+
+def _build_driver() -> object:
+    from triton.runtime import driver
+
+    return driver.active
+
+
+@dataclass
+class _Block:
+    """What a `compiling` block has been asked for: forms of kernels, and what else to run."""
+
+    forms: set[Hashable] = field(default_factory=set)
+    works: list[Callable[[], object]] = field(default_factory=list)
+
+
+_block: ContextVar[_Block | None] = ContextVar("vitgraph_kernels_to_compile", default=None)
 
 
 def launch_kernel(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """`kernel[grid](*args, **options)`; in a `compiling` block the kernel is compiled and does not run."""
-    if only_compiles():
-        kernel.warmup(*args, grid=grid, **options)
-    else:
+    block = _block.get()
+    if block is None:
         kernel[grid](*args, **options)
+        return
+    # Asking Triton for a kernel that a thread compiles takes longer than a launch; the blocks of a tower ask in turn.
+    form = (id(kernel), *map(_form, args), *((name, _form(value)) for name, value in options.items()))
+    if form not in block.forms:
+        block.forms.add(form)
+        kernel.warmup(*args, grid=grid, **options)
 
 
 def only_compiles() -> bool:
     """Whether launches of this thread compile their kernels instead."""
-    return _works.get() is not None
+    return _block.get() is not None
 
 
 def meanwhile(work: Callable[[], object]) -> None:
@@ -44,9 +85,9 @@ def meanwhile(work: Callable[[], object]) -> None:
 
     It may launch kernels, which are compiled, too. What it raises is logged: who needs it later meets that again.
     """
-    works = _works.get()
-    assert works is not None, "only while kernels are compiled"
-    works.append(work)
+    block = _block.get()
+    assert block is not None, "only while kernels are compiled"
+    block.works.append(work)
 
 
 @contextmanager
@@ -61,27 +102,19 @@ def compiling(device: torch.device) -> Iterator[None]:
     """
     from triton import AsyncCompileMode
 
-    works: list[Callable[[], object]] = []
+    block = _Block()
     threads = min(MOST_THREADS, os.cpu_count() or 1)
     with ThreadPoolExecutor(threads, "vitgraph-compile") as pool:
-        _try(partial(_begin, pool))
-        before = _works.set(works)
+        for begun in begin():
+            _try(begun.result)
+        before = _block.set(block)
         try:
             with AsyncCompileMode(_LoadingPool(pool, device), ignore_errors=True):
                 yield
-                for work in works:
+                for work in block.works:
                     _try(work)
         finally:
-            _works.reset(before)
-
-
-def _begin(pool: ThreadPoolExecutor) -> None:
-    """Both of what the first kernel would do before its compilation: Triton hashes itself, and builds its driver."""
-    from triton.runtime import cache, driver
-
-    hashed = pool.submit(cache.triton_key)
-    driver.active.get_current_device()
-    hashed.result()
+            _block.reset(before)
 
 
 class _LoadingPool(Executor):
@@ -97,6 +130,15 @@ class _LoadingPool(Executor):
         kernel = fn(*args, **kwargs)
         _try(partial(_load, kernel, self._device))
         return kernel
+
+
+def _form(argument: Any) -> Hashable:
+    """Of an argument, at least what Triton compiles another kernel for."""
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype, argument.data_ptr() % POINTER_ALIGNMENT == 0
+    if hasattr(argument, "block_shape"):  # a tensor descriptor
+        return _form(argument.base), tuple(argument.shape), tuple(argument.strides), tuple(argument.block_shape)
+    return type(argument), argument
 
 
 def _try(work: Callable[[], object]) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import SimpleNamespace
 
 import pytest
 import torch
 import triton
 from triton.runtime._async_compile import active_mode
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vitgraph import launch
+from vitgraph.attention.select import select_attention
 from vitgraph.launch import compiling, launch_kernel, meanwhile, only_compiles
 
 DEVICE = torch.device("cpu")
@@ -43,12 +44,13 @@ class Kernel:
     def __init__(self, fails: bool = False) -> None:
         self.launched: list[tuple] = []
         self.compiled: dict[object, Compiled] = {}
-        self.fails = fails
+        self.fails, self.asked = fails, 0
 
     def __getitem__(self, grid: tuple[int, ...]):
         return lambda *args, **options: self.launched.append((grid, args, options))
 
     def warmup(self, *args: object, grid: tuple[int, ...], **options: object) -> None:
+        self.asked += 1
         form = tuple(options.items())
         if form not in self.compiled:
             compiled = self.compiled[form] = Compiled(self.fails)
@@ -87,6 +89,32 @@ def test_in_a_block_each_kernel_is_compiled_and_loaded_in_a_thread_and_none_runs
     assert all(own.loaded_by.startswith("vitgraph-compile") for own in compiled)
     launch_kernel(one, (1,))
     assert len(one.launched) == 1
+
+
+def test_triton_is_asked_once_for_each_form_of_the_arguments() -> None:
+    x, wide = torch.zeros(64, 64), torch.zeros(64, 64, dtype=torch.float64)
+    descriptors = [TensorDescriptor(x, [64, 64], [64, 1], block) for block in ([16, 16], [16, 16], [32, 16])]
+    forms = [
+        [(x, 1, 2.0), (torch.zeros(64, 64), 1, 2.0)],
+        [(wide, 1, 2.0)], [(x.view(-1)[1:], 1, 2.0)], [(x, 16, 2.0)], [(x, 1, 3.0)], [(x, True, 2.0)], [(x, 1.0, 2.0)],
+        [(descriptors[0], 1, 2.0), (descriptors[1], 1, 2.0)], [(descriptors[2], 1, 2.0)],
+    ]  # fmt: skip
+    kernel = Kernel()
+    for asked in (1, 2):
+        with compiling(DEVICE):
+            for _ in range(2):
+                for own in forms:
+                    for args in own:
+                        launch_kernel(kernel, (1,), *args, BLOCK=64)
+        assert kernel.asked == asked * len(forms), "in each block, for options may have changed"
+    other = Kernel()
+    with compiling(DEVICE):
+        launch_kernel(kernel, (1,), x, BLOCK=64)
+        launch_kernel(kernel, (2,), x, BLOCK=64)
+        launch_kernel(kernel, (1,), x, BLOCK=128)
+        launch_kernel(kernel, (1,), x, OTHER=64)
+        launch_kernel(other, (1,), x, BLOCK=64)
+    assert (kernel.asked, other.asked) == (2 * len(forms) + 3, 1)
 
 
 def test_a_kernel_that_compiles_slowly_is_waited_for() -> None:
@@ -137,22 +165,57 @@ def test_a_kernel_that_is_compiled_and_cannot_be_loaded_is_a_kernel() -> None:
     assert broken.loaded_by
 
 
-def test_triton_begins_with_both_steps_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    hashes, builds, met = threading.Event(), threading.Event(), []
+@pytest.fixture(name="triton_begins")
+def _triton_begins(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """As in a new process; whether each of the two steps met the other."""
+    hashes, builds = threading.Event(), threading.Event()
+    met: list[bool] = []
 
     def triton_key() -> None:
         hashes.set()
         met.append(builds.wait(10))
 
-    def get_current_device() -> None:
-        builds.set()
-        met.append(hashes.wait(10))
+    class Driver:
+        @property
+        def active(self) -> None:
+            builds.set()
+            met.append(hashes.wait(10))
 
-    active = SimpleNamespace(get_current_device=get_current_device)
     monkeypatch.setattr(triton.runtime.cache, "triton_key", triton_key)
-    monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=active))
-    with compiling(DEVICE):
-        assert met == [True, True], "before the first launch"
+    monkeypatch.setattr(triton.runtime, "driver", Driver())
+    launch.begin.cache_clear()
+    yield met
+    launch.begin.cache_clear()
+
+
+def test_triton_begins_with_both_steps_at_once_and_once(triton_begins: list[bool]) -> None:
+    for _ in range(2):
+        with compiling(DEVICE):
+            assert triton_begins == [True, True], "before the first launch"
+
+
+def test_triton_begins_when_an_attention_is_selected_for_a_gpu(triton_begins: list[bool]) -> None:
+    select_attention("sdpa", torch.device("cpu"), torch.bfloat16)
+    select_attention("sdpa", torch.device("cuda"), torch.float32)
+    assert launch.begin.cache_info().currsize == 0
+    select_attention("sdpa", torch.device("cuda"), torch.bfloat16)
+    assert launch.begin.cache_info().currsize == 1
+    for begun in launch.begin():
+        begun.result()
+    assert triton_begins == [True, True]
+
+
+def test_what_fails_at_the_beginning_fails_again_at_the_launch(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    def triton_key() -> None:
+        raise OSError("cannot read libtriton.so")
+
+    monkeypatch.setattr(triton.runtime.cache, "triton_key", triton_key)
+    launch.begin.cache_clear()
+    kernel = Kernel()
+    with caplog.at_level("DEBUG", "vitgraph"), compiling(DEVICE):
+        launch_kernel(kernel, (1,))
+    assert kernel.compiled and "cannot read libtriton.so" in caplog.text
+    launch.begin.cache_clear()
 
 
 def test_other_work_is_done_when_everything_is_launched() -> None:

@@ -13,6 +13,7 @@ from vitgraph.attention.flash import Fa3Attention, Fa4Attention
 from vitgraph.attention.sdpa import SdpaAttention
 from vitgraph.attention.torch_varlen import TorchVarlenAttention
 from vitgraph.errors import ConfigError
+from vitgraph.launch import begin
 
 logger = logging.getLogger("vitgraph")
 
@@ -31,6 +32,8 @@ def select_attention(name: str, device: torch.device, dtype: torch.dtype) -> Var
         ConfigError: when the named backend cannot run on this device and dtype.
     """
     fast = device.type == "cuda" and dtype in HALF_DTYPES
+    if fast and find_spec("triton"):
+        begin()
     if name == "auto":
         name = ("triton" if find_spec("triton") else "varlen") if fast else "sdpa"
         logger.debug("attention: %s for %s on %s", name, dtype, device)
