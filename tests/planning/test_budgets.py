@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from vitgraph.config import EncoderConfig
 from vitgraph.errors import ConfigError
-from vitgraph.planning.budgets import MAX_STEP, MIN_STEP, default_ladder, make_budgets
+from vitgraph.planning.budgets import FINE_STEP, FINENESS, MIN_STEP, default_ladder, make_budgets
 
 
 class Rule:
@@ -21,13 +21,14 @@ class Rule:
 
 
 @given(st.integers(1, 20000), st.integers(1, 20000))
-def test_ladder_covers_its_range_in_steps_of_16_to_64(a: int, b: int) -> None:
+def test_ladder_covers_its_range_in_steps_of_a_sixteenth(a: int, b: int) -> None:
     low, high = sorted((a, b))
     ladder = default_ladder(low, high)
     assert ladder[0] - MIN_STEP < low <= ladder[0]
     assert ladder[-1] - MIN_STEP < high <= ladder[-1]
     steps = np.diff(ladder)
-    assert all(0 < step <= MAX_STEP for step in steps)
+    assert all(0 < step <= max(FINE_STEP, rung / FINENESS) for step, rung in zip(steps, ladder, strict=False))
+    assert all(step <= FINE_STEP for step, rung in zip(steps, ladder, strict=False) if rung < 2 * FINENESS * FINE_STEP)
     assert all(step >= MIN_STEP for step in steps[:-1])
 
 
@@ -46,6 +47,15 @@ def test_expected_padding_holds_for_narrower_ranges(low: int, high: int) -> None
     sizes = np.arange(low, high + 1)
     padded = ladder[np.searchsorted(ladder, sizes)]
     assert np.mean(1 - sizes / padded) < 0.05
+
+
+@pytest.mark.parametrize("high", [4096, 16384])
+def test_sizes_of_square_images_are_rungs_and_large_rungs_do_not_crowd(high: int) -> None:
+    ladder = default_ladder(32, high)
+    assert {32, 64, 128, 256, 512, 1024, 2048, 4096, high} <= {*ladder}
+    for power in (1024, 2048, 4096, 8192):
+        if power < high:
+            assert sum(power <= rung < 2 * power for rung in ladder) == FINENESS
 
 
 def test_explicit_budgets_are_sorted_and_rounded_to_the_unit() -> None:

@@ -10,8 +10,8 @@ from vitgraph.config import EncoderConfig
 from vitgraph.core import Counts
 
 MIN_STEP = 16
-MAX_STEP = 64
-GROWTH = 1 / 16
+FINE_STEP = 64
+FINENESS = 16
 TOKENS_PER_ITEM = 16
 MOST_ITEMS = 128
 LEAST_FRAMES = 8
@@ -40,19 +40,24 @@ class Budget:
 
 
 def default_ladder(min_tokens: int, max_tokens: int, unit: int = 1) -> tuple[int, ...]:
-    """Token counts from `min_tokens` to `max_tokens`: geometric, in steps of 16 to 64 tokens.
+    """Token counts from `min_tokens` to `max_tokens`: geometric, in steps of 16 tokens and more.
 
-    A step is about a sixteenth of the rung, so a pack of random size is padded by about 3 %. The first rung is
-    `min_tokens` and the last one `max_tokens`, rounded up to a multiple of 16 (and of `unit`, for towers whose tokens
-    come in larger units).
+    A step is about a sixteenth of the rung, up to 64 tokens, and from 2048 tokens on a sixteenth of the power of two
+    below it. So a pack of random size is padded by about 3 %. The first rung is `min_tokens` and the last one
+    `max_tokens`, rounded up to a multiple of 16 (and of `unit`, for towers whose tokens come in larger units).
     """
     rungs = [_round_up(min_tokens, MIN_STEP)]
     last = _round_up(max_tokens, MIN_STEP)
     while rungs[-1] < last:
-        step = min(max(_round_up(rungs[-1] * GROWTH, MIN_STEP), MIN_STEP), MAX_STEP)
+        step = _step(rungs[-1])
         # Rungs are multiples of their step, so that powers of two, the sizes of square images, are among them.
         rungs.append(min((rungs[-1] // step + 1) * step, last))
     return tuple(sorted({_round_up(tokens, unit) for tokens in rungs}))
+
+
+def _step(rung: int) -> int:
+    power_of_two = 1 << (rung // FINENESS).bit_length() - 1
+    return min(_round_up(rung / FINENESS, MIN_STEP), max(FINE_STEP, power_of_two))
 
 
 def make_budgets(rule: CapacityRule, config: EncoderConfig) -> tuple[Budget, ...]:
