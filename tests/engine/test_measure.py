@@ -9,7 +9,7 @@ import pytest
 
 from vitgraph import EncoderConfig, VisionEncoder
 from vitgraph.core import Grid, fits, sum_counts
-from vitgraph.engine.measure import large_items, long_items, measure_costs, one_item, refining, usual_items
+from vitgraph.engine.measure import REST_SHARE, large_items, long_items, measure_costs, one_item, refining, usual_items
 from vitgraph.models.registry import families
 from vitgraph.planning.cost import FLOOR_TOKENS, load_of
 from vitgraph.planning.packing import EAGER_IS_FASTER, Planner
@@ -19,14 +19,22 @@ LONG, BESIDE = 0.8, 700.0
 
 
 class FakeGpu:
-    """Replays take a floor, a rate per row of the budget and attention; eager runs wait for the host."""
+    """Replays take a floor, a rate per row of the budget and attention; eager runs wait for the host.
+
+    Its clock counts them, the rests before them, and `host` seconds beside each.
+    """
 
     def __init__(self, encoder: VisionEncoder) -> None:
         self.spec, self.budgets = encoder.spec, encoder.budgets
         self.timed: list[int] = []
         self.taken: list[float] = []
+        self.eager_rows: list[int] = []
         self.has_long = False
         self.beside = 0.0
+        self.now, self.host, self.launch = 0.0, 0.0, LAUNCH
+
+    def clock(self) -> float:
+        return self.now
 
     def long(self, budget: int) -> bool:
         return self.has_long
@@ -37,11 +45,16 @@ class FakeGpu:
         slope = SLOPE * (LONG if long else 1)
         beside = self.beside if long else 0.0
         time_us = FLOOR + RATE * self.budgets[budget].capacity["patch"] + slope * self._load(grids) + beside
+        before = self.taken[-1] if self.taken else 0.0
+        self.now += (time_us + REST_SHARE * before) / 1e6 + self.host
         self.taken.append(time_us)
         return time_us
 
     def eager(self, grids: list[Grid]) -> float:
-        return max(LAUNCH, FLOOR + RATE * self._counts(grids)["patch"] + SLOPE * self._load(grids))
+        time_us = max(self.launch, FLOOR + RATE * self._counts(grids)["patch"] + SLOPE * self._load(grids))
+        self.now += time_us / 1e6
+        self.eager_rows.append(self._counts(grids)["patch"])
+        return time_us
 
     def _counts(self, grids: list[Grid]) -> dict[str, int]:
         return sum_counts(map(self.spec.counts, grids))
@@ -64,6 +77,7 @@ def test_the_model_predicts_what_was_not_timed(encoder: VisionEncoder, seconds: 
     assert sum(cost.measured) >= 2
     timed = [index for index in dict.fromkeys(gpu.timed[1:]) if cost.measured[index]]
     assert timed == sorted(timed), "ascending: how long the GPU rests follows from the replay before"
+    assert gpu.eager_rows == sorted(gpu.eager_rows, reverse=True), "replays follow what leaves the GPU idle"
     for index, budget in enumerate(encoder.budgets):
         for filling in (usual_items, large_items, one_item):
             grids = filling(encoder.spec, budget)
@@ -177,3 +191,29 @@ def test_timing_takes_no_longer_than_it_may(encoder: VisionEncoder, seconds: flo
     cost = measure_costs(encoder.spec, encoder.budgets, range(len(encoder.budgets)), gpu, seconds)
     assert 2 < sum(cost.measured) < len(encoder.budgets)
     assert 0.6 * seconds < sum(gpu.taken[1:]) / 1e6 < 1.2 * seconds
+
+
+@pytest.mark.parametrize("has_long", [False, True])
+@pytest.mark.parametrize("host, launch", [(0.006, LAUNCH), (0.0, 4 * LAUNCH), (0.02, LAUNCH), (10.0, LAUNCH)])
+def test_a_slow_host_has_fewer_budgets_timed(
+    encoder: VisionEncoder, host: float, launch: float, has_long: bool
+) -> None:
+    everything, seconds, most = range(len(encoder.budgets)), 0.2, 0.55
+    quick, slow = FakeGpu(encoder), FakeGpu(encoder)
+    quick.has_long = slow.has_long = has_long
+    slow.host, slow.launch = host, launch
+    usual = measure_costs(encoder.spec, encoder.budgets, everything, quick, seconds, most, quick.clock)
+    just_enough, enough = 1.25 * quick.now, FakeGpu(encoder)
+    enough.has_long = has_long
+    tight = measure_costs(encoder.spec, encoder.budgets, everything, enough, seconds, just_enough, enough.clock)
+    assert tight.measured == usual.measured
+    found = measure_costs(encoder.spec, encoder.budgets, everything, slow, seconds, most, slow.clock)
+    assert sum(found.measured) < sum(usual.measured)
+    assert found.measured[0] and found.measured[-1]
+    assert slow.timed[1:] == sorted(slow.timed[1:])
+    order = [index for index in refining(everything, [b.tokens for b in encoder.budgets]) if usual.measured[index]]
+    for at, index in enumerate(order):
+        if not found.measured[index]:
+            assert all(later < index for later in order[at:] if found.measured[later]), "who says least is left out"
+    if host < 1:
+        assert 0.85 * most < slow.now < most

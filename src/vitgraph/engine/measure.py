@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from heapq import heappop, heappush
 from math import isqrt, log
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -15,10 +16,13 @@ from vitgraph.models.contract import TowerSpec
 from vitgraph.planning.budgets import Budget
 from vitgraph.planning.cost import FLOOR_TOKENS, CostModel, load_of
 
-SECONDS = 0.75
-"""Time for replays. Rests between them, staging and eager runs take as much again."""
+SECONDS, MOST_SECONDS = 0.75, 1.8
+"""Time for replays, and for all that is done here. Rests, staging and eager runs take as much as replays, or more where
+the host is slow: then fewer budgets are timed."""
 LEAST_SHARE = 0.05
 """Least time of one replay as a share of the largest budget's."""
+REST_SHARE = 0.5
+"""Before a replay the GPU rests for this share of the time of the replay before."""
 
 USUAL_TOKENS, LARGE_TOKENS = 100, (441, 1024)
 SLOPE_POINTS, LONG_POINTS = 26, 8
@@ -37,14 +41,28 @@ class Timer(Protocol):
     def eager(self, grids: Sequence[Grid]) -> float: ...
 
 
+class Runs(NamedTuple):
+    """Replays that are planned.
+
+    Attributes:
+        replays: how many.
+        seconds: of the GPU, all together; a guess.
+    """
+
+    replays: int
+    seconds: float
+
+
 def measure_costs(
     spec: TowerSpec,
     budgets: Sequence[Budget],
     captured: Sequence[int],
     timer: Timer,
     seconds: float = SECONDS,
+    most_seconds: float = MOST_SECONDS,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> CostModel:
-    """Times captured budgets, the attention's part of some of them, and the eager forward at a few sizes.
+    """Times the eager forward at a few sizes, captured budgets, and the attention's part of some of them.
 
     As many budgets are timed as take `seconds`, evenly spread as ratios; the others are interpolated, and so are the
     slopes of most. A budget's timings follow each other: a slope is a small difference of two of them.
@@ -55,16 +73,20 @@ def measure_costs(
         captured: indexes of budgets that have a graph, ascending; at least one.
         timer: runs and times.
         seconds: for the replays.
+        most_seconds: for everything, by `clock`.
+        clock: in seconds.
     """
+    end = clock() + most_seconds
+    eager_times = _eager_times(spec, budgets, timer)
     longest = timer.replay(captured[-1], usual_items(spec, budgets[captured[-1]]))
     chosen = _worth_timing(captured, [budget.tokens for budget in budgets], longest / 1e6, seconds, timer)
-    probed, probed_long = chosen[:SLOPE_POINTS], chosen[:LONG_POINTS]
+    probed, probed_long = [*chosen][:SLOPE_POINTS], [*chosen][:LONG_POINTS]
     times: dict[int, float] = {}
     loads: dict[int, float] = {}
     slopes: dict[int, float] = {}
     long: dict[int, float] = {}
     beside: dict[int, float] = {}
-    for index in sorted(chosen):
+    for index in _in_time(chosen, end, clock):
         grids = usual_items(spec, budgets[index])
         times[index], loads[index] = timer.replay(index, grids), _load(spec, grids)
         found = _slope(spec, budgets[index], index, times[index], loads[index], timer) if index in probed else None
@@ -78,7 +100,7 @@ def measure_costs(
     rows = np.array([budget.capacity["patch"] for budget in budgets])
     slope = _spread(rows, slopes)
     fixed = _spread(rows, {i: max(times[i] - slope[i] * loads[i], 0.0) for i in times})
-    eager = _eager_curve(spec, budgets, slope, timer)
+    eager = _eager_curve(spec, eager_times, slope)
     eager_rows, eager_time = zip(*eager, strict=True) if eager else ((), ())
     for index in set(range(len(budgets))) - set(captured):
         # Without a graph a budget runs the same forward launch by launch.
@@ -97,7 +119,7 @@ def measure_costs(
 
 def _worth_timing(
     captured: Sequence[int], tokens: Sequence[int], longest: float, seconds: float, timer: Timer
-) -> list[int]:
+) -> dict[int, Runs]:
     """Budgets to time: as many of those that `refining` names, in its order, as there is time for; at least two.
 
     Args:
@@ -106,14 +128,43 @@ def _worth_timing(
         longest, seconds: time of the last one, and of all.
         timer: knows which of them have two graphs.
     """
-    chosen: list[int] = []
+    chosen: dict[int, Runs] = {}
     for index in refining(captured, tokens):
         replays = 1 + (len(chosen) < SLOPE_POINTS) + 2 * (len(chosen) < LONG_POINTS and timer.long(index))
-        seconds -= replays * longest * max(tokens[index] / tokens[captured[-1]], LEAST_SHARE)
+        runs = Runs(replays, replays * longest * max(tokens[index] / tokens[captured[-1]], LEAST_SHARE))
+        seconds -= runs.seconds
         if seconds < 0 and len(chosen) >= 2:
             break
-        chosen.append(index)
+        chosen[index] = runs
     return chosen
+
+
+def _in_time(chosen: dict[int, Runs], end: float, clock: Callable[[], float]) -> Iterator[int]:
+    """The budgets, ascending, each when the one before is timed. Those that `refining` named last are left out where
+    the time would not suffice, but never the first one, which is the largest.
+
+    Args:
+        chosen: from `_worth_timing`.
+        end: until when all should be timed, by `clock`.
+        clock: in seconds.
+    """
+    begin, done, todo = clock(), Runs(0, 0.0), [*chosen]
+    while todo:
+        index = min(todo)
+        todo.remove(index)
+        yield index
+        done = _sum([done, chosen[index]])
+        now = clock()
+        host = max(now - begin - (1 + REST_SHARE) * done.seconds, 0.0) / done.replays
+        while len(todo) > 1:
+            left = _sum([chosen[at] for at in todo])
+            if now + (1 + REST_SHARE) * left.seconds + host * left.replays <= end:
+                break
+            todo.pop()
+
+
+def _sum(runs: Sequence[Runs]) -> Runs:
+    return Runs(sum(own.replays for own in runs), sum(own.seconds for own in runs))
 
 
 def refining(indexes: Sequence[int], tokens: Sequence[int]) -> Iterator[int]:
@@ -239,17 +290,23 @@ def _long_slope(
     return (long, beside) if long > 0 and beside > 0 else ((alone + several) / (one_load + load), 0.0)
 
 
+def _eager_times(spec: TowerSpec, budgets: Sequence[Budget], timer: Timer) -> list[tuple[int, Sequence[Grid], float]]:
+    """Some budgets, usual items in each, and the microseconds that they take. The largest comes first: what is timed
+    after the smallest finds a GPU that waited for the host."""
+    filled = [(index, usual_items(spec, budgets[index])) for index in _spaced(range(len(budgets)), EAGER_POINTS)]
+    return [
+        (index, grids, min(timer.eager(grids) for _ in range(EAGER_RUNS))) for index, grids in reversed(filled) if grids
+    ]
+
+
 def _eager_curve(
-    spec: TowerSpec, budgets: Sequence[Budget], slope: np.ndarray, timer: Timer
+    spec: TowerSpec, times: Sequence[tuple[int, Sequence[Grid], float]], slope: np.ndarray
 ) -> list[tuple[int, float]]:
     """(rows, microseconds at no load), rows ascending."""
     curve = {}
-    for index in _spaced(range(len(budgets)), EAGER_POINTS):
-        grids = usual_items(spec, budgets[index])
-        if grids:
-            rows = sum(spec.counts(grid)["patch"] for grid in grids)
-            time_us = min(timer.eager(grids) for _ in range(EAGER_RUNS))
-            curve[rows] = max(time_us - slope[index] * _load(spec, grids), 0.0)
+    for index, grids, time_us in times:
+        rows = sum(spec.counts(grid)["patch"] for grid in grids)
+        curve[rows] = max(time_us - slope[index] * _load(spec, grids), 0.0)
     return sorted(curve.items())
 
 

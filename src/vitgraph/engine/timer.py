@@ -12,9 +12,10 @@ from vitgraph.attention.trial import elapsed, spin
 from vitgraph.core import Grid
 from vitgraph.engine.graph import CapturedGraph
 from vitgraph.engine.ladder import Ladder
+from vitgraph.engine.measure import REST_SHARE
 
-LEAD_US, REST_SHARE = 600.0, 0.5
-"""Before each replay the GPU spins, which counts as rest, for so long, or for this share of the time of the replay
+LEAD_US = 600.0
+"""Before each replay the GPU spins, which counts as rest, for so long, or for REST_SHARE of the time of the replay
 before, if that is longer."""
 
 
