@@ -22,15 +22,14 @@ logger = logging.getLogger("vitgraph")
 
 MOST_THREADS = 16
 
-
 POINTER_ALIGNMENT = 16
 """Bytes: Triton compiles a kernel of its own for pointers that are no multiple of it."""
 
 
 @cache
 def begin() -> tuple[Future[object], ...]:
-    """Has threads do what the first kernel of a process waits for: Triton hashes itself, and builds its driver. Half a
-    second each that whoever calls this early, while a checkpoint is read, does not wait for later."""
+    """Has threads do what the first kernel of a process waits for: Triton hashes itself, and builds its driver. Called
+    early, while a checkpoint is read, it is done when kernels are compiled."""
     import triton.runtime  # noqa: F401 - here, as threads that import at once wait for each other
 
     pool = ThreadPoolExecutor(2, "vitgraph-triton")

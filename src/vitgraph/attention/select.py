@@ -26,16 +26,17 @@ def select_attention(name: str, device: torch.device, dtype: torch.dtype) -> Var
 
     "auto" is our Triton kernel on CUDA in bf16 or fp16 (torch's flash kernel where Triton is not installed), else the
     reference. Where FlashAttention-3 or -4 is installed too, it is measured against ours for packs of one or of long
-    segments.
+    segments. Where kernels of Triton's may follow, what it does once per process begins here, in threads.
 
     Raises:
         ConfigError: when the named backend cannot run on this device and dtype.
     """
     fast = device.type == "cuda" and dtype in HALF_DTYPES
-    if fast and find_spec("triton"):
+    has_triton = find_spec("triton") is not None
+    if fast and has_triton:
         begin()
     if name == "auto":
-        name = ("triton" if find_spec("triton") else "varlen") if fast else "sdpa"
+        name = ("triton" if has_triton else "varlen") if fast else "sdpa"
         logger.debug("attention: %s for %s on %s", name, dtype, device)
         others = [kind() for kind in FLASH.values() if not kind.missing(device, dtype)] if name == "triton" else []
         if others:
@@ -49,7 +50,7 @@ def select_attention(name: str, device: torch.device, dtype: torch.dtype) -> Var
         )
     if name == "varlen":
         return TorchVarlenAttention()
-    if find_spec("triton") is None:
+    if not has_triton:
         raise ConfigError(f"attention={name!r} needs the package triton; install it, or use attention='varlen'.")
     if name in FLASH:
         missing = FLASH[name].missing(device, dtype)

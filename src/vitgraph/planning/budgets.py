@@ -56,6 +56,7 @@ def default_ladder(min_tokens: int, max_tokens: int, unit: int = 1) -> tuple[int
 
 
 def _step(rung: int) -> int:
+    """Tokens to the next rung, at most; see `default_ladder`."""
     power_of_two = 1 << (rung // FINENESS).bit_length() - 1
     return min(_round_up(rung / FINENESS, MIN_STEP), max(FINE_STEP, power_of_two))
 
