@@ -30,22 +30,28 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+def forget() -> None:
+    """Nothing is loaded any more."""
+    load_library.cache_clear()
+    compiled_search._begun.cache_clear()
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VITGRAPH_CACHE", str(tmp_path_factory.mktemp("cache")))
-        load_library.cache_clear()
+        forget()
         yield
-    load_library.cache_clear()
+    forget()
 
 
 @pytest.fixture
 def anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """An empty cache, and nothing loaded."""
     monkeypatch.setenv("VITGRAPH_CACHE", str(tmp_path))
-    load_library.cache_clear()
+    forget()
     yield tmp_path
-    load_library.cache_clear()
+    forget()
 
 
 def prices_of(budgets: tuple, cost: CostModel) -> Prices:
@@ -236,7 +242,7 @@ def test_it_is_built_once_and_kept(anew: Path, monkeypatch: pytest.MonkeyPatch) 
     (kept,) = anew.iterdir()
     written = kept.stat().st_mtime_ns
     monkeypatch.setenv("CC", "no-such-compiler")
-    load_library.cache_clear()
+    forget()
     assert load_library(4, 1) is not None, "the kept one needs no compiler"
     assert [(path, path.stat().st_mtime_ns) for path in anew.iterdir()] == [(kept, written)]
 
@@ -261,7 +267,24 @@ def test_without_a_compiler_python_searches(
         assert planner.searched_in_python == 1
     (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert "Install a C compiler" in warning.getMessage()
+    kinds = len(budgets[-1].capacity)
+    assert all(compiled_search._begun(kinds + kinds % 2, sets).exception() for sets in (0, 1))
     assert not list(anew.iterdir()), "nothing is left behind"
+
+
+def test_what_timings_will_need_is_built_before_them(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that was measured may tell long packs from others, a guess never does; each has code of its own."""
+    budgets = make_budgets(RULE, EncoderConfig(budgets=(1024, 4096)))
+    planner = Planner(RULE, budgets, compiled=True)
+    kinds = len(budgets[-1].capacity)
+    assert compiled_search._begun.cache_info().currsize == 2
+    begun = [compiled_search._begun(kinds + kinds % 2, sets) for sets in (0, 1)]
+    assert compiled_search._begun.cache_info().currsize == 2
+    assert all(future.result() for future in begun) and len(list(anew.iterdir())) == 2
+    monkeypatch.setattr(compiled_search, "_build", lambda *_: pytest.fail("built when it was needed"))
+    rows = tuple(budget.capacity["patch"] for budget in budgets)
+    planner.cost = CostModel((4000.0, 14000.0), (1e-3,) * 2, rows, long_slope=(1e-5,) * 2)
+    assert len(planner.plan([Grid(1, 32, 64)] * 3)) and planner.searched_in_python == 0
 
 
 def test_no_compiler_at_all(anew: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

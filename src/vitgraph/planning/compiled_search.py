@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -147,6 +148,17 @@ def _width(kinds: int) -> int:
     return kinds + kinds % 2
 
 
+def begin_building(kinds: int, sets: int) -> None:
+    """Has a thread load or build what `compiled_search` needs for prices that tell long packs from others. Only timed
+    ones do, and timing shall not wait for it.
+
+    Args:
+        kinds: of rows that budgets hold.
+        sets: see `Prices`.
+    """
+    _begun(_width(kinds), sets)
+
+
 def compiled_search(prices: Prices) -> CompiledSearch | None:
     """The search for these prices; None, with a warning, where it cannot be built, or budgets are too large for it."""
     most = max(prices.largest)
@@ -160,15 +172,31 @@ def compiled_search(prices: Prices) -> CompiledSearch | None:
 
 
 @cache
+def _begun(kinds: int, sets: int) -> Future[ctypes.PyDLL]:
+    pool = ThreadPoolExecutor(1, "vitgraph-search")
+    begun = pool.submit(_load_or_build, kinds, sets)
+    pool.shutdown(wait=False)
+    return begun
+
+
+def _load_or_build(kinds: int, sets: int) -> ctypes.PyDLL:
+    """
+    Raises:
+        OSError, subprocess.SubprocessError: see `_build`.
+    """
+    flags = (*FLAGS, f"-DKINDS={kinds}", f"-DSETS={sets}")
+    kept = cache_folder() / f"search-{_key(flags)}.so"
+    with suppress(OSError):  # it is not there, or of no use
+        return _load(kept)
+    return _build(kept, flags)
+
+
+@cache
 def load_library(kinds: int, sets: int) -> ctypes.PyDLL | None:
     """What search.c becomes with so many KINDS and SETS, from disk or built now; None, with a warning, where neither
     works."""
-    flags = (*FLAGS, f"-DKINDS={kinds}", f"-DSETS={sets}")
     try:
-        kept = cache_folder() / f"search-{_key(flags)}.so"
-        with suppress(OSError):  # it is not there, or of no use
-            return _load(kept)
-        return _build(kept, flags)
+        return _begun(kinds, sets).result()
     except (OSError, subprocess.SubprocessError) as error:
         logger.warning(
             "packing is searched in Python, up to a millisecond per call of several packs: search.c cannot be "

@@ -10,7 +10,7 @@ from typing import Protocol
 from vitgraph.core import MOST_PATCHES, Counts, Grid, Grids, KnownGrid, Pack, Piece, Stretches, exceeded, fits, sums_of
 from vitgraph.errors import PatchError
 from vitgraph.planning.budgets import Budget
-from vitgraph.planning.compiled_search import compiled_search
+from vitgraph.planning.compiled_search import begin_building, compiled_search
 from vitgraph.planning.cost import CostModel, load_of
 from vitgraph.planning.search import Found, Prices, Size, search
 
@@ -54,7 +54,7 @@ class Planner:
     def __init__(
         self, rule: CountRule, budgets: Sequence[Budget], cost: CostModel | None = None, compiled: bool = False
     ) -> None:
-        self._rule, self._budgets, self._compiled = rule, budgets, compiled
+        self._rule, self._budgets, self._compiled = rule, budgets, compiled and bool(budgets)
         self.searched_in_python = 0
         self._kinds = tuple(budgets[-1].capacity) if budgets else ()
         self._columns = [[budget.capacity[kind] for budget in budgets] for kind in self._kinds]
@@ -63,6 +63,8 @@ class Planner:
         at = self._kinds.index
         self._sets = [(at(rows), at(segments)) for rows, segments in rule.segment_sets] if budgets else []
         self._known: dict[Grid, KnownGrid] = {}
+        if self._compiled:
+            begin_building(len(self._kinds), len(self._sets))
         self.cost = cost or CostModel.guess(budgets)
 
     @property
@@ -74,7 +76,7 @@ class Planner:
     def cost(self, cost: CostModel) -> None:
         self._cost = cost
         self._prices = Prices(cost, self._columns, self._rows, self._sets)
-        self._compiled_search = compiled_search(self._prices) if self._compiled and self._budgets else None
+        self._compiled_search = compiled_search(self._prices) if self._compiled else None
         budgets = range(len(cost.rows))
         margins = {True: EAGER_MARGIN, False: None}
         # Whether a pack may run eager -> per budget the patch rows from which it is the one.
