@@ -30,7 +30,7 @@ class FakeGpu:
         self.taken: list[float] = []
         self.eager_rows: list[int] = []
         self.has_long = False
-        self.beside = 0.0
+        self.beside, self.one_segment = 0.0, 1.0
         self.now, self.host, self.launch = 0.0, 0.0, LAUNCH
 
     def clock(self) -> float:
@@ -43,6 +43,7 @@ class FakeGpu:
         self.timed.append(budget)
         assert fits(self._counts(grids), self.budgets[budget].capacity)
         slope = SLOPE * (LONG if long else 1)
+        slope *= self.one_segment if len(grids) == 1 else 1
         beside = self.beside if long else 0.0
         time_us = FLOOR + RATE * self.budgets[budget].capacity["patch"] + slope * self._load(grids) + beside
         before = self.taken[-1] if self.taken else 0.0
@@ -76,7 +77,8 @@ def test_the_model_predicts_what_was_not_timed(encoder: VisionEncoder, seconds: 
     assert all(cost.measured) == (seconds > 1)
     assert sum(cost.measured) >= 2
     timed = [index for index in dict.fromkeys(gpu.timed[1:]) if cost.measured[index]]
-    assert timed == sorted(timed), "ascending: how long the GPU rests follows from the replay before"
+    assert timed[0] == everything[-1], "the time that it takes beyond its guess is made up for"
+    assert timed[1:] == sorted(timed[1:]), "ascending: how long the GPU rests follows from the replay before"
     assert gpu.eager_rows == sorted(gpu.eager_rows, reverse=True), "replays follow what leaves the GPU idle"
     for index, budget in enumerate(encoder.budgets):
         for filling in (usual_items, large_items, one_item):
@@ -210,10 +212,21 @@ def test_a_slow_host_has_fewer_budgets_timed(
     found = measure_costs(encoder.spec, encoder.budgets, everything, slow, seconds, most, slow.clock)
     assert sum(found.measured) < sum(usual.measured)
     assert found.measured[0] and found.measured[-1]
-    assert slow.timed[1:] == sorted(slow.timed[1:])
+    after_largest = [index for index in slow.timed if index != everything[-1]]
+    assert after_largest == sorted(after_largest)
     order = [index for index in refining(everything, [b.tokens for b in encoder.budgets]) if usual.measured[index]]
     for at, index in enumerate(order):
         if not found.measured[index]:
             assert all(later < index for later in order[at:] if found.measured[later]), "who says least is left out"
     if host < 1:
         assert 0.85 * most < slow.now < most
+
+
+def test_large_segments_that_take_long_are_made_up_for(encoder: VisionEncoder) -> None:
+    gpu = FakeGpu(encoder)
+    gpu.has_long, gpu.one_segment, most = True, 8.0, 0.45
+    everything, last = range(len(encoder.budgets)), len(encoder.budgets) - 1
+    measure_costs(encoder.spec, encoder.budgets, everything, gpu, 0.2, most, gpu.clock)
+    longest = [time_us for budget, time_us in zip(gpu.timed, gpu.taken, strict=True) if budget == last]
+    assert max(longest) > 2.5 * longest[0], "more than a guess by the budget's size"
+    assert 0.9 * most < gpu.now < most

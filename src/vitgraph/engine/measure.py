@@ -41,6 +41,25 @@ class Timer(Protocol):
     def eager(self, grids: Sequence[Grid]) -> float: ...
 
 
+class _Counting:
+    """A timer that sums up its replays.
+
+    Attributes:
+        seconds: of the GPU, rests included.
+    """
+
+    def __init__(self, timer: Timer) -> None:
+        self.long, self.eager, self._replay = timer.long, timer.eager, timer.replay
+        self.seconds, self._before_us = 0.0, 0.0
+
+    def replay(self, budget: int, grids: Sequence[Grid], long: bool = False) -> float:
+        """See `Timer`."""
+        time_us = self._replay(budget, grids, long)
+        self.seconds += (time_us + REST_SHARE * self._before_us) / 1e6
+        self._before_us = time_us
+        return time_us
+
+
 class Runs(NamedTuple):
     """Replays that are planned.
 
@@ -76,7 +95,7 @@ def measure_costs(
         most_seconds: for everything, by `clock`.
         clock: in seconds.
     """
-    end = clock() + most_seconds
+    end, timer = clock() + most_seconds, _Counting(timer)
     eager_times = _eager_times(spec, budgets, timer)
     longest = timer.replay(captured[-1], usual_items(spec, budgets[captured[-1]]))
     chosen = _worth_timing(captured, [budget.tokens for budget in budgets], longest / 1e6, seconds, timer)
@@ -86,7 +105,7 @@ def measure_costs(
     slopes: dict[int, float] = {}
     long: dict[int, float] = {}
     beside: dict[int, float] = {}
-    for index in _in_time(chosen, end, clock):
+    for index in _in_time(chosen, end, clock, timer):
         grids = usual_items(spec, budgets[index])
         times[index], loads[index] = timer.replay(index, grids), _load(spec, grids)
         found = _slope(spec, budgets[index], index, times[index], loads[index], timer) if index in probed else None
@@ -139,24 +158,29 @@ def _worth_timing(
     return chosen
 
 
-def _in_time(chosen: dict[int, Runs], end: float, clock: Callable[[], float]) -> Iterator[int]:
-    """The budgets, ascending, each when the one before is timed. Those that `refining` named last are left out where
-    the time would not suffice, but never the first one, which is the largest.
+def _in_time(chosen: dict[int, Runs], end: float, clock: Callable[[], float], timer: _Counting) -> Iterator[int]:
+    """The largest budget, then the others, ascending, each when the one before is timed. Those that `refining` named
+    last are left out where the time would not suffice at the pace so far, but never the smallest.
+
+    With its replays of one segment the largest exceeds its guess most. Timed last, nothing could make up for that.
 
     Args:
         chosen: from `_worth_timing`.
         end: until when all should be timed, by `clock`.
         clock: in seconds.
+        timer: times them.
     """
-    begin, done, todo = clock(), Runs(0, 0.0), [*chosen]
+    begin, before = clock(), timer.seconds
+    largest, *todo = chosen
+    done = chosen[largest].replays
+    yield largest
     while todo:
         index = min(todo)
         todo.remove(index)
         yield index
-        done = _sum([done, chosen[index]])
-        now = clock()
-        host = max(now - begin - (1 + REST_SHARE) * done.seconds, 0.0) / done.replays
-        while len(todo) > 1:
+        now, done = clock(), done + chosen[index].replays
+        host = max(now - begin - (timer.seconds - before), 0.0) / done
+        while todo:
             left = _sum([chosen[at] for at in todo])
             if now + (1 + REST_SHARE) * left.seconds + host * left.replays <= end:
                 break
