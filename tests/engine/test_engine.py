@@ -287,3 +287,23 @@ def test_floats_of_a_tower_are_constants_of_its_compiled_code(monkeypatch) -> No
     assert not any(isinstance(value, torch.SymFloat) for value in code)
     assert not any(isinstance(value, torch.Tensor) and value.dtype == torch.float64 for value in code)
     assert not torch._dynamo.config.specialize_float, "other compiled functions of the process are as they were"
+
+
+def test_code_is_compiled_without_other_processes(monkeypatch) -> None:
+    from torch._inductor import config
+
+    seen: list[int | None] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object):
+        seen.append(config.compile_threads)
+        return graph.forward
+
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **how: compile_module(self, **how, backend=backend))
+    monkeypatch.setattr(config, "compile_threads", 7)
+    torch._dynamo.reset()
+    compiled = make(compile=True)
+    compiled.encode_patches(rows_of(compiled, GRIDS), GRIDS)
+    torch._dynamo.reset()
+    assert seen == [1]
+    assert config.compile_threads == 7, "other compiled functions of the process are as they were"

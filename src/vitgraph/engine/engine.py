@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Hashable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from threading import RLock
 
@@ -309,7 +309,7 @@ class Engine:
     @torch.no_grad()
     def _forward(self, inputs: TowerBuffers) -> Outputs:
         before = _version(inputs)
-        with without_workspace(self.device), self._compile_settings():
+        with without_workspace(self.device), _compile_settings() if self.config.compile else nullcontext():
             result = self.tower(inputs)
         if before is None or before != _version(inputs):
             self.staging.metadata_is_only_read = False
@@ -321,11 +321,6 @@ class Engine:
             return self._forward(inputs)
         with self.gemms.applied():
             return self._forward(inputs)
-
-    def _compile_settings(self) -> AbstractContextManager[object]:
-        """Of torch.compile, which may compile in a forward: a module's floats are constants. As inputs of the code, as
-        `dynamic=True` has them, they would have it traced a second time."""
-        return torch._dynamo.config.patch(specialize_float=True) if self.config.compile else nullcontext()
 
     def _guard(self) -> AbstractContextManager[object]:
         """The right device, for who holds the lock; an error after `release()`."""
@@ -339,6 +334,17 @@ class Engine:
 def _attention_shapes(tower: Tower) -> set[tuple[int, int]]:
     """Heads and head dims of the tower's attention layers."""
     return {(layer.heads, layer.head_dim) for layer in tower.modules() if isinstance(layer, Attention)}
+
+
+@contextmanager
+def _compile_settings() -> Iterator[None]:
+    """Of torch.compile, which may compile in a forward: a module's floats are constants. As inputs of the code, as
+    `dynamic=True` has them, they would have it traced a second time. And a block has too few kernels for a process per
+    core that compiles them."""
+    from torch._inductor import config as inductor  # takes its time
+
+    with torch._dynamo.config.patch(specialize_float=True), inductor.patch(compile_threads=1):
+        yield
 
 
 def _version(inputs: TowerBuffers) -> int | None:
