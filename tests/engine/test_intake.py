@@ -71,7 +71,7 @@ def played(family: str = "qwen3_vl", most_bytes: int = 1 << 22) -> VisionEncoder
     for budget in range(len(BUDGETS)):
         outputs = ladder.static(budget).outputs
         graph = Played(encoder, budget)
-        ladder.graphs[budget] = CapturedGraph(graph, outputs, 0.0, 0, arena.intake.mailbox)  # type: ignore[arg-type]
+        ladder.graphs[budget] = CapturedGraph(graph, outputs, 0.0, arena.intake.mailbox)  # type: ignore[arg-type]
     engine._runner._on_device = True
     return encoder
 

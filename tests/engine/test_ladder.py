@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import cast
 
 import pytest
@@ -24,16 +24,21 @@ class Pool:
     nbytes = 0
     failures = 0
     calls: list[bool]
+    finished: list[int]
+    """How many captures there were when they were waited for."""
 
     def __init__(self, device: torch.device, mailbox: object = None) -> None:
-        type(self).calls = []
+        type(self).calls, type(self).finished = [], []
 
     def capture(self, forward, inputs, outputs, warm_up=True, begin=None) -> CapturedGraph:
         self.calls.append(warm_up)
         if type(self).failures:
             type(self).failures -= 1
             raise RuntimeError("operation not permitted when stream is capturing")
-        return CapturedGraph(NO_GRAPH, outputs, 0.0, 0)
+        return CapturedGraph(NO_GRAPH, outputs, 0.0)
+
+    def finish(self) -> None:
+        self.finished.append(len(self.calls))
 
 
 @pytest.fixture
@@ -69,7 +74,7 @@ def test_a_capture_that_fails_without_warm_up_is_tried_with_one(captured, monkey
         tries.append(warm_up)
         if len(tries) == 2:
             raise RuntimeError("operation not permitted when stream is capturing")
-        return CapturedGraph(NO_GRAPH, outputs, 0.0, 0)
+        return CapturedGraph(NO_GRAPH, outputs, 0.0)
 
     monkeypatch.setattr(Pool, "capture", fail_second)
     ladder = captured()
@@ -87,7 +92,7 @@ def test_a_late_capture_finds_metadata_that_is_valid_in_every_budget(captured, m
 
     def look(self, forward, inputs, outputs, warm_up=True, begin=None):
         seen.append(arena.block.any().item())
-        return CapturedGraph(NO_GRAPH, outputs, 0.0, 0)
+        return CapturedGraph(NO_GRAPH, outputs, 0.0)
 
     monkeypatch.setattr(Pool, "capture", look)
     assert ladder.missing(1) == ""
@@ -99,6 +104,29 @@ def test_a_capture_that_fails_with_a_warm_up_fails(captured) -> None:
     with pytest.raises(RuntimeError, match="not permitted"):
         captured(failures=1)
     assert Pool.calls == [True]
+
+
+@pytest.mark.parametrize("failures", [0, 1])
+def test_what_is_captured_can_be_replayed_afterwards(captured, failures: int) -> None:
+    """Also what was captured before a failure."""
+    with pytest.raises(RuntimeError) if failures else nullcontext():
+        captured(failures)
+    assert Pool.finished == [len(Pool.calls)]
+
+
+def test_a_late_capture_can_be_replayed_afterwards(captured) -> None:
+    ladder = captured(lazy=True)
+    ladder.graphs.clear()
+    ladder.complete = False
+    assert ladder.missing(1) == ""
+    assert Pool.finished == [4, 5]
+
+
+def test_what_a_memory_limit_is_compared_with_is_complete(captured, monkeypatch) -> None:
+    monkeypatch.setattr(Pool, "nbytes", property(lambda self: self.finished[-1] * 10))
+    ladder = captured(memory_limit=15)
+    assert Pool.finished[:3] == [0, 1, 2]
+    assert sorted(ladder.graphs) == [0, 1], "the smallest, and the one that exceeds the limit"
 
 
 class Chosen:

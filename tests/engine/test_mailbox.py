@@ -135,7 +135,7 @@ def test_a_replay_that_is_not_launched_takes_its_request_back() -> None:
                 raise RuntimeError("no launch")
 
     mailbox, graph = make(), Graph()
-    captured = CapturedGraph(graph, (), 0.0, 0, mailbox)  # type: ignore[arg-type]
+    captured = CapturedGraph(graph, (), 0.0, mailbox)  # type: ignore[arg-type]
     captured.replay(request([1]))
     graph.fails = True
     with pytest.raises(RuntimeError, match="no launch"):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 
@@ -131,8 +132,9 @@ class Ladder:
             self.settle(index)
             # A warm-up runs on what lies there, and the metadata of another budget is none of this one.
             self._make_arena().clear_block()
-            if self._capture(index):
-                return ""
+            with self._capturing() as pool:
+                if self._capture(pool, index):
+                    return ""
         self.complete = True  # the memory limit is reached: no later budget can be captured either
         return LIMIT_REACHED
 
@@ -150,11 +152,12 @@ class Ladder:
         arena.clear_block()
         self._settle(order, progress)
         warm_ups = self._warm_ups(order)
-        for done, index in enumerate(order):
-            if progress:
-                progress(done, len(order), f"{self.budgets[index].tokens} tokens")
-            if index not in self.graphs and not self._capture(index, warm_up=index in warm_ups):
-                break
+        with self._capturing() as pool:
+            for done, index in enumerate(order):
+                if progress:
+                    progress(done, len(order), f"{self.budgets[index].tokens} tokens")
+                if index not in self.graphs and not self._capture(pool, index, warm_up=index in warm_ups):
+                    break
         self.complete = True
 
     def poison(self) -> None:
@@ -227,32 +230,41 @@ class Ladder:
         tell = partial(progress, 0, len(indices), "measuring GEMMs") if progress else None
         self._gemms.choose(seen, rows[smallest], rows.values(), tell)
 
-    def _capture(self, index: int, warm_up: bool = True) -> bool:
+    @contextmanager
+    def _capturing(self) -> Iterator[GraphPool]:
+        """What is captured in the block can be replayed after it."""
+        start, intake = time.perf_counter(), self._make_arena().intake
+        self._pool = pool = self._pool or GraphPool(self._device, intake.mailbox if intake else None)
+        try:
+            yield pool
+        finally:
+            pool.finish()
+            self.capture_seconds += time.perf_counter() - start
+
+    def _capture(self, pool: GraphPool, index: int, warm_up: bool = True) -> bool:
         """Captures one budget; False when the memory limit is reached."""
         limit, tokens = self._config.memory_limit, self.budgets[index].tokens
-        intake = self._make_arena().intake
-        self._pool = self._pool or GraphPool(self._device, intake.mailbox if intake else None)
-        if limit is not None and self._pool.nbytes >= limit:
+        if limit is not None:
+            pool.finish()
+        if limit is not None and pool.nbytes >= limit:
             logger.warning(
                 "capture stopped at budget %d: graphs hold %.0f MB, memory_limit is %.0f MB; budgets without a graph "
                 "run the same padded forward",
                 tokens,
-                self._pool.nbytes / 1e6,
+                pool.nbytes / 1e6,
                 limit / 1e6,
             )
             return False
-        start = time.perf_counter()
         buffers = self.static(index)
-        if intake is not None:
-            intake.warm_up(buffers)
-        graph = self._graph_of(self._pool, buffers, buffers.inputs, warm_up)
+        if buffers.arena.intake is not None:
+            buffers.arena.intake.warm_up(buffers)
+        graph = self._graph_of(pool, buffers, buffers.inputs, warm_up)
         self.graphs[index] = graph
         # Asked after the warm-up, in which the attention measures its kernels.
         if self._has_long(index):
-            self.long[index] = self._graph_of(self._pool, buffers, buffers.long, warm_up)
-        self.capture_seconds += time.perf_counter() - start
+            self.long[index] = self._graph_of(pool, buffers, buffers.long, warm_up)
         level = logging.INFO if self._config.verbose else logging.DEBUG
-        logger.log(level, "captured %d tokens in %.1f ms, %.1f MB", tokens, graph.seconds * 1e3, graph.nbytes / 1e6)
+        logger.log(level, "captured %d tokens in %.1f ms", tokens, graph.seconds * 1e3)
         return True
 
     def _graph_of(self, pool: GraphPool, buffers: StaticBuffers, inputs: TowerBuffers, warm_up: bool) -> CapturedGraph:
