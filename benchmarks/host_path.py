@@ -78,7 +78,9 @@ def ends_after_request(encoder: VisionEncoder, index: int, graph: CapturedGraph)
     assert intake is not None, "graphs on CUDA read requests"
     begin = partial(intake.launch, buffers)
     pool = GraphPool(encoder.device, graph.mailbox)
-    return pool.capture(lambda _: graph.outputs, buffers.inputs, graph.outputs, warm_up=False, begin=begin)
+    captured = pool.capture(lambda _: graph.outputs, buffers.inputs, graph.outputs, warm_up=False, begin=begin)
+    pool.finish()
+    return captured
 
 
 def paced(calls: Iterable[Callable[[], object]], gpu: str) -> Iterator[tuple[float, float]]:
