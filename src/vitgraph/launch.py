@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from vitgraph.background import in_threads
+
 logger = logging.getLogger("vitgraph")
 
 MOST_THREADS = 16
@@ -32,10 +34,7 @@ def begin() -> tuple[Future[object], ...]:
     early, while a checkpoint is read, it is done when kernels are compiled."""
     import triton.runtime  # noqa: F401 - here, as threads that import at once wait for each other
 
-    pool = ThreadPoolExecutor(2, "vitgraph-triton")
-    begun = pool.submit(_hash_triton), pool.submit(_build_driver)
-    pool.shutdown(wait=False)
-    return begun
+    return in_threads("vitgraph-triton", _hash_triton, _build_driver)
 
 
 def _hash_triton() -> object:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -268,20 +269,30 @@ def test_cos_and_sin_are_settled_before_a_forward_runs_them_in_threads(monkeypat
     assert settled
 
 
-def test_floats_of_a_tower_are_constants_of_its_compiled_code(monkeypatch) -> None:
+@pytest.fixture
+def compiled_by(monkeypatch):
+    """Has blocks compiled by a backend of one's own."""
+
+    def compile_by(backend: Callable[[torch.fx.GraphModule, object], object]) -> VisionEncoder:
+        compile_module = nn.Module.compile
+        monkeypatch.setattr(nn.Module, "compile", lambda self, **how: compile_module(self, **how, backend=backend))
+        return make(compile=True)
+
+    torch._dynamo.reset()
+    yield compile_by
+    torch._dynamo.reset()
+
+
+def test_floats_of_a_tower_are_constants_of_its_compiled_code(compiled_by) -> None:
     inputs: list[list[object]] = []
 
     def backend(graph: torch.fx.GraphModule, _: object):
         inputs.append([node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder"])
         return graph.forward
 
-    compile_module = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **how: compile_module(self, **how, backend=backend))
-    torch._dynamo.reset()
-    compiled, plain = make(compile=True), make()
+    compiled, plain = compiled_by(backend), make()
     x = rows_of(plain, GRIDS)
     assert_same(compiled.encode_patches(x, GRIDS), plain.encode_patches(x, GRIDS))
-    torch._dynamo.reset()
     (code,) = inputs
     assert any(isinstance(value, torch.SymInt) for value in code), "of every number of rows"
     assert not any(isinstance(value, torch.SymFloat) for value in code)
@@ -289,7 +300,7 @@ def test_floats_of_a_tower_are_constants_of_its_compiled_code(monkeypatch) -> No
     assert not torch._dynamo.config.specialize_float, "other compiled functions of the process are as they were"
 
 
-def test_code_is_compiled_without_other_processes(monkeypatch) -> None:
+def test_code_is_compiled_without_other_processes(compiled_by, monkeypatch) -> None:
     from torch._inductor import config
 
     seen: list[int | None] = []
@@ -298,12 +309,8 @@ def test_code_is_compiled_without_other_processes(monkeypatch) -> None:
         seen.append(config.compile_threads)
         return graph.forward
 
-    compile_module = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **how: compile_module(self, **how, backend=backend))
     monkeypatch.setattr(config, "compile_threads", 7)
-    torch._dynamo.reset()
-    compiled = make(compile=True)
+    compiled = compiled_by(backend)
     compiled.encode_patches(rows_of(compiled, GRIDS), GRIDS)
-    torch._dynamo.reset()
     assert seen == [1]
     assert config.compile_threads == 7, "other compiled functions of the process are as they were"

@@ -31,7 +31,7 @@ class FakeGpu:
         self.eager_rows: list[int] = []
         self.has_long = False
         self.beside, self.one_segment = 0.0, 1.0
-        self.now, self.host, self.launch = 0.0, 0.0, LAUNCH
+        self.now, self.host, self.launch, self.seconds = 0.0, 0.0, LAUNCH, 0.0
 
     def clock(self) -> float:
         return self.now
@@ -47,7 +47,9 @@ class FakeGpu:
         beside = self.beside if long else 0.0
         time_us = FLOOR + RATE * self.budgets[budget].capacity["patch"] + slope * self._load(grids) + beside
         before = self.taken[-1] if self.taken else 0.0
-        self.now += (time_us + REST_SHARE * before) / 1e6 + self.host
+        own = (time_us + REST_SHARE * before) / 1e6
+        self.seconds += own
+        self.now += own + self.host
         self.taken.append(time_us)
         return time_us
 
@@ -203,7 +205,7 @@ def test_a_slow_host_has_fewer_budgets_timed(
     everything, seconds, most = range(len(encoder.budgets)), 0.2, 0.55
     quick, slow = FakeGpu(encoder), FakeGpu(encoder)
     quick.has_long = slow.has_long = has_long
-    slow.host, slow.launch = host, launch
+    slow.host, slow.launch, slow.seconds = host, launch, 100.0  # it timed others before
     usual = measure_costs(encoder.spec, encoder.budgets, everything, quick, seconds, most, quick.clock)
     just_enough, enough = 1.25 * quick.now, FakeGpu(encoder)
     enough.has_long = has_long

@@ -243,17 +243,8 @@ class Ladder:
 
     def _capture(self, pool: GraphPool, index: int, warm_up: bool = True) -> bool:
         """Captures one budget; False when the memory limit is reached."""
-        limit, tokens = self._config.memory_limit, self.budgets[index].tokens
-        if limit is not None:
-            pool.finish()
-        if limit is not None and pool.nbytes >= limit:
-            logger.warning(
-                "capture stopped at budget %d: graphs hold %.0f MB, memory_limit is %.0f MB; budgets without a graph "
-                "run the same padded forward",
-                tokens,
-                pool.nbytes / 1e6,
-                limit / 1e6,
-            )
+        tokens = self.budgets[index].tokens
+        if self._limit_is_reached(pool, tokens):
             return False
         buffers = self.static(index)
         if buffers.arena.intake is not None:
@@ -265,6 +256,23 @@ class Ladder:
             self.long[index] = self._graph_of(pool, buffers, buffers.long, warm_up)
         level = logging.INFO if self._config.verbose else logging.DEBUG
         logger.log(level, "captured %d tokens in %.1f ms", tokens, graph.seconds * 1e3)
+        return True
+
+    def _limit_is_reached(self, pool: GraphPool, tokens: int) -> bool:
+        """Whether the budget of so many tokens gets no graph."""
+        limit = self._config.memory_limit
+        if limit is None:
+            return False
+        pool.finish()  # what is not yet executable takes more memory then
+        if pool.nbytes < limit:
+            return False
+        logger.warning(
+            "capture stopped at budget %d: graphs hold %.0f MB, memory_limit is %.0f MB; budgets without a graph "
+            "run the same padded forward",
+            tokens,
+            pool.nbytes / 1e6,
+            limit / 1e6,
+        )
         return True
 
     def _graph_of(self, pool: GraphPool, buffers: StaticBuffers, inputs: TowerBuffers, warm_up: bool) -> CapturedGraph:

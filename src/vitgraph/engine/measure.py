@@ -32,32 +32,19 @@ EAGER_RUNS = 2
 
 
 class Timer(Protocol):
-    """What is timed, in microseconds of one run of a budget filled with items of these grids."""
+    """What is timed, in microseconds of one run of a budget filled with items of these grids.
+
+    Attributes:
+        seconds: that all replays took the GPU, rests included.
+    """
+
+    seconds: float
 
     def replay(self, budget: int, grids: Sequence[Grid], long: bool = False) -> float: ...
 
     def long(self, budget: int) -> bool: ...
 
     def eager(self, grids: Sequence[Grid]) -> float: ...
-
-
-class _Counting:
-    """A timer that sums up its replays.
-
-    Attributes:
-        seconds: of the GPU, rests included.
-    """
-
-    def __init__(self, timer: Timer) -> None:
-        self.long, self.eager, self._replay = timer.long, timer.eager, timer.replay
-        self.seconds, self._before_us = 0.0, 0.0
-
-    def replay(self, budget: int, grids: Sequence[Grid], long: bool = False) -> float:
-        """See `Timer`."""
-        time_us = self._replay(budget, grids, long)
-        self.seconds += (time_us + REST_SHARE * self._before_us) / 1e6
-        self._before_us = time_us
-        return time_us
 
 
 class Runs(NamedTuple):
@@ -95,7 +82,7 @@ def measure_costs(
         most_seconds: for everything, by `clock`.
         clock: in seconds.
     """
-    end, timer = clock() + most_seconds, _Counting(timer)
+    end = clock() + most_seconds
     eager_times = _eager_times(spec, budgets, timer)
     longest = timer.replay(captured[-1], usual_items(spec, budgets[captured[-1]]))
     chosen = _worth_timing(captured, [budget.tokens for budget in budgets], longest / 1e6, seconds, timer)
@@ -158,7 +145,7 @@ def _worth_timing(
     return chosen
 
 
-def _in_time(chosen: dict[int, Runs], end: float, clock: Callable[[], float], timer: _Counting) -> Iterator[int]:
+def _in_time(chosen: dict[int, Runs], end: float, clock: Callable[[], float], timer: Timer) -> Iterator[int]:
     """The largest budget, then the others, ascending, each when the one before is timed. Those that `refining` named
     last are left out where the time would not suffice at the pace so far, but never the smallest.
 

@@ -37,11 +37,14 @@ class EngineTimer:
 
     Replays are timed from rest, at the clock that a request finds. Under load a GPU lowers it, an H100 by up to an
     eighth within some hundredths of a second, and what is timed late would seem slow.
+
+    Attributes:
+        seconds: see `measure.Timer`; what a spin takes beyond REST_SHARE is the host's, which gets ahead meanwhile.
     """
 
     def __init__(self, engine: Timed) -> None:
         self._engine = engine
-        self._before_us = 0.0
+        self.seconds, self._before_us = 0.0, 0.0
 
     def long(self, budget: int) -> bool:
         """Whether the budget has a graph of its own for packs of one or of long segments."""
@@ -51,9 +54,11 @@ class EngineTimer:
         """Microseconds of one replay on the device."""
         self._engine.stage(budget, grids)
         graph = self._engine.captured(budget, long)
+        rest_us = REST_SHARE * self._before_us
         # The first launch of a graph also uploads it, during the spin.
-        spin(max(LEAD_US, REST_SHARE * self._before_us))
+        spin(max(LEAD_US, rest_us))
         self._before_us = elapsed(graph.replay, lead=False)
+        self.seconds += (rest_us + self._before_us) / 1e6
         return self._before_us
 
     def eager(self, grids: Sequence[Grid]) -> float:

@@ -11,15 +11,16 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from struct import Struct
 from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from vitgraph.background import in_threads
 from vitgraph.core import KnownGrid, Stretches, sum_format
 from vitgraph.measured import cache_folder
 from vitgraph.planning.cost import LONG_ROWS
@@ -173,9 +174,7 @@ def compiled_search(prices: Prices) -> CompiledSearch | None:
 
 @cache
 def _begun(kinds: int, sets: int) -> Future[ctypes.PyDLL]:
-    pool = ThreadPoolExecutor(1, "vitgraph-search")
-    begun = pool.submit(_load_or_build, kinds, sets)
-    pool.shutdown(wait=False)
+    (begun,) = in_threads("vitgraph-search", partial(_load_or_build, kinds, sets))
     return begun
 
 
