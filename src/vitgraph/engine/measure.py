@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from heapq import heappop, heappush
+from itertools import cycle
 from math import isqrt, log
 from typing import NamedTuple, Protocol
 
@@ -16,11 +17,9 @@ from vitgraph.models.contract import TowerSpec
 from vitgraph.planning.budgets import Budget
 from vitgraph.planning.cost import FLOOR_TOKENS, CostModel, load_of
 
-SECONDS, MOST_SECONDS = 0.75, 1.8
+SECONDS, MOST_SECONDS = 0.82, 1.8
 """Time for replays, and for all that is done here. Rests, staging and eager runs take as much as replays, or more where
 the host is slow: then fewer budgets are timed."""
-LEAST_SHARE = 0.05
-"""Least time of one replay as a share of the largest budget's."""
 REST_SHARE = 0.5
 """Before a replay the GPU rests for this share of the time of the replay before."""
 
@@ -137,7 +136,8 @@ def _worth_timing(
     chosen: dict[int, Runs] = {}
     for index in refining(captured, tokens):
         replays = 1 + (len(chosen) < SLOPE_POINTS) + 2 * (len(chosen) < LONG_POINTS and timer.long(index))
-        runs = Runs(replays, replays * longest * max(tokens[index] / tokens[captured[-1]], LEAST_SHARE))
+        share = (tokens[index] + FLOOR_TOKENS) / (tokens[captured[-1]] + FLOOR_TOKENS)
+        runs = Runs(replays, replays * longest * share)
         seconds -= runs.seconds
         if seconds < 0 and len(chosen) >= 2:
             break
@@ -146,10 +146,12 @@ def _worth_timing(
 
 
 def _in_time(chosen: dict[int, Runs], end: float, clock: Callable[[], float], timer: Timer) -> Iterator[int]:
-    """The largest budget, then the others, ascending, each when the one before is timed. Those that `refining` named
-    last are left out where the time would not suffice at the pace so far, but never the smallest.
+    """The largest budget, then the smallest and the largest of the others in turn, each when the one before is timed.
+    Those that `refining` named last are left out where the time would not suffice at the pace so far, but never the
+    smallest.
 
-    With its replays of one segment the largest exceeds its guess most. Timed last, nothing could make up for that.
+    With its replays of one segment the largest exceeds its guess most. Timed last, nothing could make up for that. And
+    several large ones in a row would lower the GPU's clock further than a pack does that comes alone.
 
     Args:
         chosen: from `_worth_timing`.
@@ -159,10 +161,11 @@ def _in_time(chosen: dict[int, Runs], end: float, clock: Callable[[], float], ti
     """
     begin, before = clock(), timer.seconds
     largest, *todo = chosen
+    ends = cycle((min, max))
     done = chosen[largest].replays
     yield largest
     while todo:
-        index = min(todo)
+        index = next(ends)(todo)
         todo.remove(index)
         yield index
         now, done = clock(), done + chosen[index].replays
