@@ -11,7 +11,7 @@ from vitgraph import EncoderConfig, VisionEncoder
 from vitgraph.core import Grid, fits, sum_counts
 from vitgraph.engine.measure import REST_SHARE, large_items, long_items, measure_costs, one_item, refining, usual_items
 from vitgraph.models.registry import families
-from vitgraph.planning.cost import FLOOR_TOKENS, load_of
+from vitgraph.planning.cost import FLOOR_TOKENS, CostModel, load_of
 from vitgraph.planning.packing import EAGER_IS_FASTER, Planner
 
 FLOOR, RATE, SLOPE, LAUNCH = 900.0, 2.0, 3e-4, 8000.0
@@ -178,19 +178,18 @@ def test_budgets_of_every_family_can_be_filled(family: str) -> None:
 
 
 def test_refining_names_everything_once_and_the_middle_of_the_widest_gap_next() -> None:
-    tokens = [16 * n for n in range(1, 33)]
-    order = list(refining(range(32), tokens))
+    times = [FLOOR_TOKENS + 16.0 * n for n in range(1, 33)]
+    order = list(refining(range(32), times))
     assert sorted(order) == list(range(32))
     assert order[:2] == [31, 0]
-    times = [FLOOR_TOKENS + n for n in tokens]
     for done in range(2, 32):
         known = sorted(order[:done])
         widest = max(pairwise(known), key=lambda gap: times[gap[1]] / times[gap[0]] if gap[1] > gap[0] + 1 else 0)
         assert widest[0] < order[done] < widest[1]
         off = {at: abs(log(times[at] ** 2 / (times[widest[0]] * times[widest[1]]))) for at in range(*widest)}
         assert off[order[done]] == pytest.approx(min(off.values()))
-    assert list(refining([3], tokens)) == [3]
-    assert list(refining([2, 5], tokens)) == [5, 2]
+    assert list(refining([3], times)) == [3]
+    assert list(refining([2, 5], times)) == [5, 2]
 
 
 @pytest.mark.parametrize("has_long", [False, True])
@@ -221,7 +220,8 @@ def test_a_slow_host_has_fewer_budgets_timed(
     assert sum(found.measured) < sum(usual.measured)
     assert found.measured[0] and found.measured[-1]
     assert_ends_in_turn(slow)
-    order = [index for index in refining(everything, [b.tokens for b in encoder.budgets]) if usual.measured[index]]
+    guessed = CostModel.guess(encoder.budgets).fixed
+    order = [index for index in refining(everything, guessed) if usual.measured[index]]
     timed_last = order.index(slow.timed[-1])
     assert all(found.measured[index] for index in order[:timed_last]), "who says least is left out"
     if host < 1:

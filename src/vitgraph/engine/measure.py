@@ -15,7 +15,7 @@ from vitgraph.core import Grid, fits, sum_counts
 from vitgraph.errors import PatchError
 from vitgraph.models.contract import TowerSpec
 from vitgraph.planning.budgets import Budget
-from vitgraph.planning.cost import FLOOR_TOKENS, CostModel, load_of
+from vitgraph.planning.cost import CostModel, load_of
 
 SECONDS, MOST_SECONDS = 0.82, 1.8
 """Time for replays, and for all that is done here. Rests, staging and eager runs take as much as replays, or more where
@@ -57,6 +57,10 @@ class Runs(NamedTuple):
     replays: int
     seconds: float
 
+    def takes(self, host: float) -> float:
+        """Seconds of all of them with their rests, on a host that takes so many beside each."""
+        return (1 + REST_SHARE) * self.seconds + host * self.replays
+
 
 def measure_costs(
     spec: TowerSpec,
@@ -84,7 +88,7 @@ def measure_costs(
     end = clock() + most_seconds
     eager_times = _eager_times(spec, budgets, timer)
     longest = timer.replay(captured[-1], usual_items(spec, budgets[captured[-1]]))
-    chosen = _worth_timing(captured, [budget.tokens for budget in budgets], longest / 1e6, seconds, timer)
+    chosen = _worth_timing(captured, CostModel.guess(budgets).fixed, longest / 1e6, seconds, timer)
     probed, probed_long = [*chosen][:SLOPE_POINTS], [*chosen][:LONG_POINTS]
     times: dict[int, float] = {}
     loads: dict[int, float] = {}
@@ -123,21 +127,20 @@ def measure_costs(
 
 
 def _worth_timing(
-    captured: Sequence[int], tokens: Sequence[int], longest: float, seconds: float, timer: Timer
+    captured: Sequence[int], guessed: Sequence[float], longest: float, seconds: float, timer: Timer
 ) -> dict[int, Runs]:
     """Budgets to time: as many of those that `refining` names, in its order, as there is time for; at least two.
 
     Args:
         captured: indexes of budgets.
-        tokens: of every budget.
+        guessed: time of every budget, in any unit.
         longest, seconds: time of the last one, and of all.
         timer: knows which of them have two graphs.
     """
     chosen: dict[int, Runs] = {}
-    for index in refining(captured, tokens):
+    for index in refining(captured, guessed):
         replays = 1 + (len(chosen) < SLOPE_POINTS) + 2 * (len(chosen) < LONG_POINTS and timer.long(index))
-        share = (tokens[index] + FLOOR_TOKENS) / (tokens[captured[-1]] + FLOOR_TOKENS)
-        runs = Runs(replays, replays * longest * share)
+        runs = Runs(replays, replays * longest * guessed[index] / guessed[captured[-1]])
         seconds -= runs.seconds
         if seconds < 0 and len(chosen) >= 2:
             break
@@ -170,26 +173,19 @@ def _in_time(chosen: dict[int, Runs], end: float, clock: Callable[[], float], ti
         yield index
         now, done = clock(), done + chosen[index].replays
         host = max(now - begin - (timer.seconds - before), 0.0) / done
-        while todo:
-            left = _sum([chosen[at] for at in todo])
-            if now + (1 + REST_SHARE) * left.seconds + host * left.replays <= end:
-                break
+        while todo and now + sum(chosen[at].takes(host) for at in todo) > end:
             todo.pop()
 
 
-def _sum(runs: Sequence[Runs]) -> Runs:
-    return Runs(sum(own.replays for own in runs), sum(own.seconds for own in runs))
-
-
-def refining(indexes: Sequence[int], tokens: Sequence[int]) -> Iterator[int]:
+def refining(indexes: Sequence[int], guessed: Sequence[float]) -> Iterator[int]:
     """All indexes: the last and the first, then again and again the middle of the widest gap, as a ratio of guessed
     times.
 
     Args:
         indexes: of budgets, ascending.
-        tokens: of every budget, ascending.
+        guessed: time of every budget, ascending, in any unit.
     """
-    places = [log(tokens[index] + FLOOR_TOKENS) for index in indexes]
+    places = [log(guessed[index]) for index in indexes]
     yield indexes[-1]
     if len(indexes) > 1:
         yield indexes[0]
