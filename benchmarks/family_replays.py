@@ -14,7 +14,7 @@ from measuring import arguments, make_encoder, replay_time, write_report
 from techniques import ORDER, encoder_without
 
 from vitgraph.bench.geometries import geometry
-from vitgraph.engine.measure import usual_items
+from vitgraph.engine.fillings import usual_items
 from vitgraph.models.registry import find_family
 
 GEOMETRIES = ("qwen2-vl-7b", "qwen2.5-vl-7b", "qwen3-vl-8b", "qwen3.5-9b", "qwen3-omni-30b-a3b", "kimi-vl-a3b",

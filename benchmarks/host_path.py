@@ -35,8 +35,8 @@ from measuring import arguments, make_encoder, write_report
 
 from vitgraph import VisionEncoder
 from vitgraph.core import Grid
+from vitgraph.engine.fillings import usual_items
 from vitgraph.engine.graph import CapturedGraph, GraphPool
-from vitgraph.engine.measure import usual_items
 
 ITEMS = (1, 2, 4, 8, 20, 64)
 PLACES = ("device", "pinned", "pageable")

@@ -30,6 +30,7 @@ def test_a_replay_is_timed_once_after_a_rest(monkeypatch) -> None:
     assert timed.replay(3, grids) == 40_000
     assert timed.replay(1, grids, long=True) == 100
     assert timed.replay(2, grids) == 7000
+    assert timed.replays == 3
     assert timed.seconds == pytest.approx((47_100 + timer.REST_SHARE * 40_100) / 1e6)
     rests = [timer.LEAD_US, pytest.approx(40_000 * timer.REST_SHARE), timer.LEAD_US]
     assert done == [(3, grids), rests[0], False, (1, grids), rests[1], True, (2, grids), rests[2], False]

@@ -10,9 +10,9 @@ import torch
 
 from vitgraph.attention.trial import elapsed, spin
 from vitgraph.core import Grid
+from vitgraph.engine.agenda import REST_SHARE
 from vitgraph.engine.graph import CapturedGraph
 from vitgraph.engine.ladder import Ladder
-from vitgraph.engine.measure import REST_SHARE
 
 LEAD_US = 600.0
 """Before each replay the GPU spins, which counts as rest, for so long, or for REST_SHARE of the time of the replay
@@ -33,18 +33,19 @@ class Timed(Protocol):
 
 
 class EngineTimer:
-    """See `measure.Timer`. The pixels are whatever the static buffer holds: values do not change a time.
+    """See `agenda.Timer`. The pixels are whatever the static buffer holds: values do not change a time.
 
     Replays are timed from rest, at the clock that a request finds. Under load a GPU lowers it, an H100 by up to an
     eighth within some hundredths of a second, and what is timed late would seem slow.
 
     Attributes:
-        seconds: see `measure.Timer`; what a spin takes beyond REST_SHARE is the host's, which gets ahead meanwhile.
+        replays, seconds: see `agenda.Timer`. What a spin takes beyond REST_SHARE is the host's, which gets ahead
+            meanwhile.
     """
 
     def __init__(self, engine: Timed) -> None:
         self._engine = engine
-        self.seconds, self._before_us = 0.0, 0.0
+        self.replays, self.seconds, self._before_us = 0, 0.0, 0.0
 
     def long(self, budget: int) -> bool:
         """Whether the budget has a graph of its own for packs of one or of long segments."""
@@ -58,6 +59,7 @@ class EngineTimer:
         # The first launch of a graph also uploads it, during the spin.
         spin(max(LEAD_US, rest_us))
         self._before_us = elapsed(graph.replay, lead=False)
+        self.replays += 1
         self.seconds += (rest_us + self._before_us) / 1e6
         return self._before_us
 
