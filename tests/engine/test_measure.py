@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from vitgraph import EncoderConfig, VisionEncoder
 from vitgraph.core import Grid, fits, sum_counts
-from vitgraph.engine.agenda import LARGE_TAKES, REST_SHARE, refining
+from vitgraph.engine import measure
+from vitgraph.engine.agenda import LARGE_TAKES, REST_SHARE, Runs, refining, worth_timing
 from vitgraph.engine.fillings import large_items, long_fillings, long_items, one_item, usual_items
 from vitgraph.engine.measure import measure_costs
 from vitgraph.models.registry import families
@@ -47,6 +49,7 @@ class FakeGpu:
         self.timed.append(budget)
         self.filled.append((budget, self._load(grids), long))
         assert fits(self._counts(grids), self.budgets[budget].capacity)
+        assert self.long(budget) or not long, "no such graph"
         slope = SLOPE * (LONG if long else 1)
         slope *= self.one_segment if len(grids) == 1 else 1
         # Large images happen to fill every third budget to the last tile.
@@ -199,6 +202,25 @@ def test_one_slow_replay_of_a_long_segment_changes_others_by_little(encoder: Vis
     want = gpu.replay(half, grids, long=True)
     assert cost.long_fixed[-1] > 0.9 * BESIDE
     assert cost.replay(half, gpu._load(grids), long=True) == pytest.approx(want, rel=0.015)
+
+
+def test_what_is_planned_is_timed(monkeypatch) -> None:
+    encoder = VisionEncoder.from_config("qwen3_vl", device="cpu", config=EncoderConfig(max_tokens=4096))
+    planned: dict[int, Runs] = {}
+
+    def plan(*arguments: Any) -> dict[int, Runs]:
+        planned.update(worth_timing(*arguments))
+        return planned
+
+    monkeypatch.setattr(measure, "worth_timing", plan)
+    gpu = FakeGpu(encoder)
+    gpu.has_long, gpu.long_from = True, 20
+    measure_costs(encoder.spec, encoder.budgets, range(len(encoder.budgets)), gpu, 10.0, 60.0)
+    assert {runs.long for runs in planned.values()} == {0, 1, 2}
+    for index, runs in planned.items():
+        in_second_graph = [long for budget, _, long in gpu.filled if budget == index]
+        assert len(in_second_graph) == 1 + runs.large + runs.long
+        assert sum(in_second_graph) == runs.long
 
 
 def test_long_items_are_long(encoder: VisionEncoder) -> None:

@@ -11,8 +11,8 @@ from typing import NamedTuple, Protocol
 from vitgraph.core import Grid
 
 SECONDS, MOST_SECONDS = 1.1, 1.85
-"""Time for replays, and for all that is done here. Rests, staging and eager runs take as much as replays, or more where
-the host is slow: then fewer budgets are timed."""
+"""Time for replays, and for all that is done here. Rests, staging and eager runs take two thirds as long, or longer
+where the host is slow: then fewer budgets are timed."""
 REST_SHARE = 0.5
 """Before a replay the GPU rests for this share of the time of the replay before."""
 
@@ -50,43 +50,33 @@ class Runs(NamedTuple):
 
     Attributes:
         each: seconds of the GPU that one with usual images takes; a guess.
-        large: how many there are of large images, in either graph.
+        large, long: how many there are of large images, for the slope, and in the second graph, for that one's.
     """
 
     each: float
     large: int = 0
+    long: int = 0
 
     @property
     def seconds(self) -> float:
         """Of the GPU, all together."""
-        return self.each * (1 + LARGE_TAKES * self.large)
+        return self.each * (1 + LARGE_TAKES * (self.large + self.long))
 
     def takes(self, host: float) -> float:
         """Seconds of all of them with their rests, on a host that takes so many beside each."""
-        return (1 + REST_SHARE) * self.seconds + host * (1 + self.large)
+        return (1 + REST_SHARE) * self.seconds + host * (1 + self.large + self.long)
 
 
-class Chosen(NamedTuple):
-    """What is worth timing.
-
-    Attributes:
-        runs: by index of budget, in the order of `refining`.
-        slopes, longs: in which of them the slope is measured, and in which of these that of the second graph.
-    """
-
-    runs: dict[int, Runs]
-    slopes: set[int]
-    longs: set[int]
-
-
-def worth_timing(expected: Mapping[int, float], seconds: float, telling: Callable[[int], tuple[int, int]]) -> Chosen:
-    """As many budgets as USUAL_SHARE of the time allows, at least two. Slopes are measured in some of these, as long as
-    there is time.
+def worth_timing(
+    expected: Mapping[int, float], seconds: float, telling: Mapping[int, tuple[int, int]]
+) -> dict[int, Runs]:
+    """As many budgets as USUAL_SHARE of the time allows, at least two, in the order of `refining`. Slopes are measured
+    in some of these, as long as there is time.
 
     Args:
         expected: seconds of one replay with usual images, by index of budget, ascending.
         seconds: of all replays.
-        telling: how many replays of large images in a budget's two graphs tell something.
+        telling: how many replays of large images, and in the second graph, tell something of each.
     """
     runs: dict[int, Runs] = {}
     left = USUAL_SHARE * seconds
@@ -99,20 +89,16 @@ def worth_timing(expected: Mapping[int, float], seconds: float, telling: Callabl
     known = sorted(runs)
     # At least the smaller half and one, for a ladder of a few large budgets.
     most = max(SLOPE_SHARE * seconds, expected[known[len(known) // 2]])
-    tell = {index: telling(index) for index in known if expected[index] <= most}
-    slopes = _spread_over(expected, [index for index in tell if tell[index][0]], SLOPE_POINTS)
-    longs = _spread_over(expected, [index for index in sorted(slopes) if tell[index][1]], LONG_POINTS)
-    chosen = Chosen(runs, set(), set())
+    slopes = _spread_over(expected, [at for at in known if expected[at] <= most and telling[at][0]], SLOPE_POINTS)
+    longs = _spread_over(expected, [at for at in sorted(slopes) if telling[at][1]], LONG_POINTS)
     for index in slopes:
-        with_large = Runs(expected[index], tell[index][0] + (tell[index][1] if index in longs else 0))
-        more = with_large.seconds - expected[index]
-        if more > left and chosen.slopes:
-            continue
-        runs[index] = with_large
-        chosen.slopes.add(index)
-        left -= more
-    chosen.longs.update(chosen.slopes.intersection(longs))
-    return chosen
+        large, long = telling[index]
+        probed = Runs(expected[index], large, long if index in longs else 0)
+        more = probed.seconds - expected[index]
+        if more <= left or index == slopes[0]:
+            runs[index] = probed
+            left -= more
+    return runs
 
 
 def _spread_over(expected: Mapping[int, float], indexes: Sequence[int], points: int) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import isqrt
+from typing import NamedTuple
 
 from vitgraph.core import Grid, fits, sum_counts
 from vitgraph.errors import PatchError
@@ -12,6 +13,29 @@ from vitgraph.planning.budgets import Budget
 from vitgraph.planning.cost import load_of
 
 USUAL_TOKENS, LARGE_TOKENS = 100, (441, 1024)
+LEAST_LOAD = 1.5
+"""Large images tell a slope where they load a budget so many times as usual ones: not where it holds one of these."""
+
+
+class Fillings(NamedTuple):
+    """What one budget is timed with.
+
+    Attributes:
+        usual: see `usual_items`.
+        large: see `large_items`; empty where they tell nothing.
+        long: see `long_fillings`; empty where the budget has no second graph.
+    """
+
+    usual: list[Grid]
+    large: list[Grid]
+    long: list[list[Grid]]
+
+
+def fillings(spec: TowerSpec, budget: Budget, has_long: bool) -> Fillings:
+    """All that a budget is timed with; `has_long`: in two graphs."""
+    usual, large = usual_items(spec, budget), large_items(spec, budget)
+    tells = load(spec, large) > LEAST_LOAD * load(spec, usual)
+    return Fillings(usual, large if tells else [], long_fillings(spec, budget) if has_long else [])
 
 
 def usual_items(spec: TowerSpec, budget: Budget, tokens: int = USUAL_TOKENS) -> list[Grid]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from vitgraph.core import Grid
 from vitgraph.engine.agenda import MOST_SECONDS, SECONDS, Timer, in_time, worth_timing
-from vitgraph.engine.fillings import large_items, load, long_fillings, usual_items
+from vitgraph.engine.fillings import fillings, load, usual_items
 from vitgraph.models.contract import TowerSpec
 from vitgraph.planning.budgets import Budget
 from vitgraph.planning.cost import CostModel
@@ -18,8 +18,6 @@ from vitgraph.planning.cost import CostModel
 EAGER_POINTS = 5
 SMOOTHED = 3
 """A slope is the mean of so many."""
-LEAST_LOAD = 1.5
-"""Large images tell a slope where they load a budget so many times as usual ones: not where it holds one of these."""
 
 
 def measure_costs(
@@ -106,31 +104,26 @@ def _time_budgets(
         left: seconds that are left for everything.
     """
     found = _Timings({}, {}, {}, {})
+    filled = {index: fillings(spec, budgets[index], timer.long(index)) for index in captured}
 
     def time_usual(index: int) -> float:
         if index not in found.usual:
-            grids = usual_items(spec, budgets[index])
+            grids = filled[index].usual
             found.usual[index], found.load[index] = timer.replay(index, grids), load(spec, grids)
         return found.usual[index]
 
-    def telling(index: int) -> tuple[int, int]:
-        usual, large = usual_items(spec, budgets[index]), large_items(spec, budgets[index])
-        tells = load(spec, large) > LEAST_LOAD * load(spec, usual)
-        return int(tells), len(long_fillings(spec, budgets[index])) if timer.long(index) else 0
-
     longest, shortest = time_usual(captured[-1]), time_usual(captured[0])
-    chosen = worth_timing(_expected(budgets, captured, shortest, longest), seconds, telling)
-    for index in in_time(chosen.runs, left, timer):
+    telling = {index: (int(bool(own.large)), len(own.long)) for index, own in filled.items()}
+    runs = worth_timing(_expected(budgets, captured, shortest, longest), seconds, telling)
+    for index in in_time(runs, left, timer):
         usual = time_usual(index)
-        if index in chosen.slopes:
-            large = large_items(spec, budgets[index])
-            more = timer.replay(index, large) - usual
-            found.slope[index] = max(more, 0.0) / (load(spec, large) - found.load[index])
-        if index in chosen.longs:
+        if runs[index].large:
+            more = timer.replay(index, filled[index].large) - usual
+            found.slope[index] = max(more, 0.0) / (load(spec, filled[index].large) - found.load[index])
+        if runs[index].long:
             fixed = usual - found.slope[index] * found.load[index]
             found.long[index] = [
-                (load(spec, grids), timer.replay(index, grids, long=True) - fixed)
-                for grids in long_fillings(spec, budgets[index])
+                (load(spec, grids), timer.replay(index, grids, long=True) - fixed) for grids in filled[index].long
             ]
     return found
 
