@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -27,7 +27,7 @@ from vitgraph.bench.reference import reference_forward, reference_model
 from vitgraph.bench.workloads import parse_workload
 from vitgraph.core import Grid, Grids, KnownGrid, Pack
 from vitgraph.planning.packing import Planner
-from vitgraph.planning.search import Found, greedy
+from vitgraph.planning.search import Searched, greedy
 
 SIZES = {224: 0.2, 336: 0.3, 448: 0.2, 672: 0.2, 1008: 0.1}
 """Side in pixels -> share of images; rounded to multiples of 32."""
@@ -53,7 +53,7 @@ class GreedyPlanner(Planner):
     def one_pack(self, grids: Grids, eager: bool = True) -> Pack | None:
         return None  # one pack or several, `_search` says
 
-    def _search(self, known: Sequence[KnownGrid]) -> Iterable[Found]:
+    def _search(self, known: Sequence[KnownGrid]) -> Searched:
         order = sorted(range(len(known)), key=lambda at: -known[at].patches)
         groups = greedy([known[at].size for at in order], self._prices.largest)
         return self._found([[order[i] for i in group] for group in groups], known)

@@ -238,13 +238,12 @@ class VisionEncoder:
         again = self.engine.embed_again(key, pixel_values) if mode == "auto" else None
         if again is not None:
             return again
-        known, rows, planner = self._known_of(grid_thw, key), self._rows_of(pixel_values), self.engine.planner
+        known, rows = self._known_of(grid_thw, key), self._rows_of(pixel_values)
         count = rows.shape[0]
-        grids = planner.batch_of(known, count)  # what an earlier planner of the same engine knew is as good
-        expected = planner.patches(grids)
-        if count != expected:
-            raise PatchError(f"pixel_values has {count} rows, but the grids hold {expected} patches.")
-        return self.engine.embed(rows, grids, mode, key if isinstance(key, bytes) else None) if grids.known else []
+        if not known and not count:
+            return []
+        grids = self.engine.planner.batch_of(known, count)  # what an earlier planner of the same engine knew is as good
+        return self.engine.embed(rows, grids, mode, key if isinstance(key, bytes) else None)
 
     def release(self) -> None:
         """Frees graphs and static buffers. The encoder cannot encode afterwards."""

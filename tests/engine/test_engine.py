@@ -12,6 +12,7 @@ from torch import nn
 
 from vitgraph import EncoderConfig, VisionEncoder
 from vitgraph.core import Grid
+from vitgraph.engine.engine import Mode
 from vitgraph.errors import ConfigError, EngineReleasedError, FallbackError, PatchError
 
 GRIDS = [(1, 8, 8), (1, 2, 2), (1, 6, 10), (1, 2, 20)]
@@ -185,6 +186,17 @@ def test_an_empty_batch_gives_an_empty_list() -> None:
 def test_patches_that_do_not_fit_are_refused(rows, grids, message) -> None:
     with pytest.raises(PatchError, match=message):
         make().encode_patches(rows, grids)
+
+
+@pytest.mark.parametrize("mode", ["auto", "padded", "eager"])
+@pytest.mark.parametrize("items", [1, 3, 9])
+def test_other_rows_than_the_grids_hold_are_refused_before_any_pack_runs(items: int, mode: Mode) -> None:
+    encoder = make(budgets=(64, 256))
+    grids = [Grid(1, 16, 16)] * items
+    rows = rows_of(encoder, grids)
+    with encoder, pytest.raises(PatchError, match=f"{len(rows) - 1} rows, but the grids hold {len(rows)} patches"):
+        encoder.encode_patches(rows[:-1], grids, mode=mode)
+    assert (encoder.stats.replays, encoder.stats.eager_packs, encoder.stats.items) == (0, 0, 0)
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,22 @@ def test_a_full_ring_is_waited_for_and_nothing_is_written_over() -> None:
     assert [fetched(mailbox) for _ in range(ENTRIES)] == [request([3 + number]) for number in range(ENTRIES)]
 
 
+def test_the_count_is_looked_at_where_the_ring_may_be_full() -> None:
+    """The device writes it: each look takes a cache miss."""
+    mailbox, looks = make(), []
+
+    class Watched:
+        def __getitem__(self, index: int) -> int:
+            looks.append(mailbox.posted)
+            return int(mailbox.copied)
+
+    mailbox._copied = Watched()  # type: ignore[assignment]
+    for _ in range(2 * ENTRIES + 1):
+        mailbox.post(NOTHING)
+        assert fetched(mailbox) == NOTHING
+    assert looks == [ENTRIES, 2 * ENTRIES]
+
+
 def test_rows_are_waited_for_until_their_graph_has_copied_them() -> None:
     mailbox = make()
     mailbox.post(NOTHING)

@@ -107,7 +107,7 @@ def test_as_many_of_the_largest_grids_as_a_batch_has_are_summed() -> None:
     planner = Planner(rule, make_budgets(rule, EncoderConfig()))
     grid = Grid(1, 1 << 20, 1 << 20)
     batch = planner.batch([grid] * 1000)
-    assert (planner.patches(batch), batch.load) == (1000 << 40, 1000 << 80)
+    assert (batch.size[0], batch.load) == (1000 << 40, 1000 << 80)
 
 
 @pytest.mark.parametrize("sides", [[16, 16, 16, 16], [16, 16, 16, 16, 2], [32, 32]])
@@ -119,7 +119,6 @@ def test_what_the_largest_budget_cannot_hold_is_planned_without_its_sums(sides: 
     rows = sum(grid.patches for grid in items)
     batch = planner.batch_of([planner.known(grid) for grid in items], rows)
     assert bool(batch.size) == (rows <= 1024)
-    assert planner.patches(batch) == rows
     assert planner.plan(batch) == planner.plan(items)
     assert (len(planner.plan(batch)) == 1) == (rows <= 1024)
 
@@ -127,13 +126,17 @@ def test_what_the_largest_budget_cannot_hold_is_planned_without_its_sums(sides: 
 def test_without_budgets_rows_are_counted_as_well() -> None:
     planner = Planner(Rule(), ())
     batch = planner.batch_of([planner.known(grid) for grid in (Grid(1, 4, 4), Grid(2, 6, 4))], 64)
-    assert planner.patches(batch) == 64
-    assert [pack.reason for pack in planner.plan(batch)] == ["no budgets"] * 2
+    assert [pack.reason for pack in planner.packs(batch, rows=64)] == ["no budgets"] * 2
+    with pytest.raises(PatchError, match="65 rows, but the grids hold 64"):
+        next(planner.packs(batch, rows=65))
 
 
 def test_without_items_there_is_no_pack() -> None:
     rule = Rule()
-    assert Planner(rule, make_budgets(rule, EncoderConfig())).plan([]) == []
+    planner = Planner(rule, make_budgets(rule, EncoderConfig()))
+    assert planner.plan([]) == [] == list(planner.packs([], rows=0))
+    with pytest.raises(PatchError, match="4 rows, but the grids hold 0"):
+        next(planner.packs([], rows=4))
 
 
 def test_a_batch_that_is_one_pack_makes_its_pieces_when_they_are_asked_for() -> None:
@@ -145,7 +148,6 @@ def test_a_batch_that_is_one_pack_makes_its_pieces_when_they_are_asked_for() -> 
     assert "pieces" not in vars(pack) and pack.grids is items
     assert pack.pieces == (Piece(0, items[0]), Piece(1, items[1]))
     assert pack == Pack(pack.pieces, pack.counts, pack.budget)
-    assert planner.patches(items) == 64 == pack.counts["patch"]
-    assert planner.patches(planner.batch(items[:1])) == 16
+    assert pack.counts["patch"] == 64
     with pytest.raises(AttributeError, match="nothing"):
         _ = pack.nothing

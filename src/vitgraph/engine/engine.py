@@ -154,6 +154,7 @@ class Engine:
             outputs that the tower declares.
 
         Raises:
+            PatchError: the rows of all items are others than the grids hold.
             FallbackError: with `strict=True`, when a pack cannot use a budget.
             EngineReleasedError: after `release()`.
         """
@@ -262,15 +263,19 @@ class Engine:
                 self.capture()
             mode = mode if self.config.graph else "eager"
             # The static rows must not come to need gradients; nothing else on the way to a replay could record any.
+            count = None
             if not isinstance(rows, Tensor):
                 rows = [own.detach() for own in rows]
-            elif rows.requires_grad:
-                rows = rows.detach()
+            else:
+                count = rows.shape[0]
+                if rows.requires_grad:
+                    rows = rows.detach()
             as_one = rows if mode == "auto" and isinstance(rows, Tensor) else None
             ran: list[Ran] = []
             replays: list[PreparedReplay] = []
+            eager = mode == "auto" and not self.config.strict
             # Each pack is launched before the next one is made.
-            for pack in self.planner.packs(grids, mode != "eager", mode == "auto" and not self.config.strict):
+            for pack in self.planner.packs(grids, mode != "eager", eager, count):
                 replay = None if as_one is None else self._runner.prepare(pack)
                 if replay is None:
                     ran.append((pack, self._runner.run(pack, rows, mode)))

@@ -81,7 +81,7 @@ class Mailbox:
         self._bytes, self._entry = self.ring.numpy().data.cast("B"), words * WORD
         self._copied = self.copied.numpy().data
         self._check = check
-        self.posted = 0
+        self.posted = self._seen = 0
 
     def __del__(self) -> None:
         # Pinned memory goes to others at once, and replays that were launched still read it and write counts there.
@@ -101,7 +101,8 @@ class Mailbox:
         Args:
             request: of at most `most_places` places and stretches.
         """
-        while self.posted - self._copied[0] >= ENTRIES:
+        # The count is looked at when it must be: what the device wrote has left the host's caches.
+        while self.posted - self._seen >= ENTRIES and self.posted - self._look() >= ENTRIES:
             self._pause()
         places, dtype, address, elements, stretches = request
         entry = self.posted % ENTRIES * self._entry
@@ -125,6 +126,11 @@ class Mailbox:
                 return
         while self._copied[0] < number:
             self._pause()
+
+    def _look(self) -> int:
+        """Requests that the device has read."""
+        self._seen = int(self._copied[0])
+        return self._seen
 
     def _pause(self) -> None:
         self._check()

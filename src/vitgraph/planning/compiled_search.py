@@ -24,7 +24,7 @@ from vitgraph.background import in_threads
 from vitgraph.core import KnownGrid, Stretches, sum_format
 from vitgraph.measured import cache_folder
 from vitgraph.planning.cost import LONG_ROWS
-from vitgraph.planning.search import MOST_EXHAUSTIVE, NEAR_ENOUGH, Found, Prices
+from vitgraph.planning.search import MOST_EXHAUSTIVE, NEAR_ENOUGH, Found, Prices, Searched
 
 logger = logging.getLogger("vitgraph")
 
@@ -52,6 +52,7 @@ class Tables(ctypes.Structure):
         *((name, ctypes.c_double) for name in ("near_enough", "least_per_row", "least_slope")),
         *((name, ctypes.c_void_p) for name in ("budget", "by_step", "set_rows", "set_segments")),
         *((name, ctypes.c_void_p) for name in ("groups", "order", "table")),
+        ("rows_of_all", ctypes.c_int64),
     )
 
 
@@ -91,7 +92,7 @@ class CompiledSearch:
         self._groups, order, self._table = (memoryview(room).cast("B") for room in rooms)
         self._order = order.cast("i")
 
-    def __call__(self, known: Sequence[KnownGrid]) -> Iterator[Found] | None:
+    def __call__(self, known: Sequence[KnownGrid]) -> Searched | None:
         """The groups that `search.search` finds, each made when it is asked for.
 
         Raises:
@@ -107,7 +108,8 @@ class CompiledSearch:
             return None
         # All of it: the next call writes over what lies there.
         groups = self._groups[: found * self._group.size].tobytes()
-        return self._made(groups, self._order[:count].tolist(), self._table[: count * STRETCH_BYTES].tobytes())
+        made = self._made(groups, self._order[:count].tolist(), self._table[: count * STRETCH_BYTES].tobytes())
+        return Searched(self._tables.rows_of_all, made)
 
     def _made(self, groups: bytes, order: list[int], table: bytes) -> Iterator[Found]:
         kinds, begin, first = self._kinds, 0, 0

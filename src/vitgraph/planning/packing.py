@@ -12,7 +12,7 @@ from vitgraph.errors import PatchError
 from vitgraph.planning.budgets import Budget
 from vitgraph.planning.compiled_search import begin_building, compiled_search
 from vitgraph.planning.cost import CostModel, load_of
-from vitgraph.planning.search import Found, Prices, Size, search
+from vitgraph.planning.search import Found, Prices, Searched, Size, search
 
 EAGER_IS_FASTER = "eager is predicted to be faster"
 EAGER_MARGIN = 0.97
@@ -104,14 +104,28 @@ class Planner:
         """
         return list(self.packs(grids, split, eager))
 
-    def packs(self, grids: Sequence[Grid], split: bool = True, eager: bool = True) -> Iterator[Pack]:
+    def packs(
+        self, grids: Sequence[Grid], split: bool = True, eager: bool = True, rows: int | None = None
+    ) -> Iterator[Pack]:
         """As `plan`, one after another: of several, each is made when it is asked for, and the one before may run
-        meanwhile."""
+        meanwhile.
+
+        Args:
+            grids, split, eager: see `plan`.
+            rows: patch rows that came with the grids, if somebody shall compare.
+
+        Raises:
+            PatchError: before the first pack, where the grids hold another number.
+        """
         grids = self.batch(grids)
         together = self.one_pack(grids, eager)
         if together is not None:
+            _check_rows(rows, together.counts["patch"])
             return iter((together,))
-        return self._several(grids, split, eager) if grids.known else iter(())
+        if grids.known:
+            return self._several(grids, split, eager, rows)
+        _check_rows(rows, 0)
+        return iter(())
 
     def one_pack(self, grids: Grids, eager: bool = True) -> Pack | None:
         """As `plan`, where all items run in one pack; None where several may cost less, the largest budget does not
@@ -131,10 +145,6 @@ class Planner:
         """As `batch`, of grids that were looked up. Where the largest budget does not hold so many patch rows, nothing
         is summed up: packs have sums of their own."""
         return Grids(known, self) if rows <= self._most_rows else Grids(known, self, ())
-
-    def patches(self, grids: Grids) -> int:
-        """Patch rows of all items."""
-        return grids.size[self._rows] if grids.size else sum([own.patches for own in grids.known])
 
     def known(self, grid: Grid) -> KnownGrid:
         """What is known of an item of this grid.
@@ -173,20 +183,22 @@ class Planner:
             return self._cost.eager(pack.counts["patch"], load, long)
         return self._cost.replay(pack.budget, load, long)
 
-    def _several(self, grids: Grids, split: bool, eager: bool) -> Iterator[Pack]:
-        """Packs of items that need not, or cannot, run in one."""
+    def _several(self, grids: Grids, split: bool, eager: bool, came: int | None) -> Iterator[Pack]:
+        """Packs of items that need not, or cannot, run in one; `came`: the `rows` of `packs`."""
         known, pieces = grids.known, None
         found = self._search(known) if self._budgets else None
         if found is None and split and self._rule.splits_by_frame:
             pieces = [part for piece in map(Piece, range(len(grids)), grids) for part in self._cut(piece)]
             known = [self.known(piece.grid) for piece in pieces]
-        for group, stretches, size, load, smallest in found or self._some_alone(known):
+        rows, groups = found or self._some_alone(known)
+        _check_rows(came, rows)
+        for group, stretches, size, load, smallest in groups:
             together = Grids([known[at] for at in group], self, size, load)
             is_held = smallest < len(self._budgets)
             where = self._placed(together, smallest, eager) if is_held else self._nowhere(together.known[0])
             yield Pack.of_some(group, pieces, stretches, together, *where)
 
-    def _search(self, known: Sequence[KnownGrid]) -> Iterable[Found] | None:
+    def _search(self, known: Sequence[KnownGrid]) -> Searched | None:
         """The cheapest groups, in the order in which their first items came; see `search.search`."""
         if self._compiled_search is not None:
             return self._compiled_search(known)
@@ -196,15 +208,15 @@ class Planner:
         self.searched_in_python += 1
         return self._found(groups, known)
 
-    def _some_alone(self, known: Sequence[KnownGrid]) -> Iterable[Found]:
+    def _some_alone(self, known: Sequence[KnownGrid]) -> Searched:
         """As `_search`, where what no budget holds is alone."""
         fitting = [at for at, own in enumerate(known) if own.fits]
         groups = [[at] for at, own in enumerate(known) if not own.fits]
         if fitting and (found := self._search([known[at] for at in fitting])):
-            groups += [[fitting[i] for i in group] for group, *_ in found]
+            groups += [[fitting[i] for i in group] for group, *_ in found.groups]
         return self._found(groups, known)
 
-    def _found(self, groups: Iterable[Iterable[int]], known: Sequence[KnownGrid]) -> Iterator[Found]:
+    def _found(self, groups: Iterable[Iterable[int]], known: Sequence[KnownGrid]) -> Searched:
         """Groups with all that is said of them, in the order in which their first items came.
 
         Args:
@@ -212,6 +224,11 @@ class Planner:
             known: per item.
         """
         starts = [0, *accumulate(own.patches for own in known)]
+        return Searched(starts[-1], self._described(groups, known, starts))
+
+    def _described(
+        self, groups: Iterable[Iterable[int]], known: Sequence[KnownGrid], starts: Sequence[int]
+    ) -> Iterator[Found]:
         for group in sorted(map(sorted, groups)):
             size, load = sums_of(sum(known[at].digits for at in group), len(self._kinds))
             yield group, Stretches.of_items(group, starts), size, load, self._smallest(size)
@@ -260,3 +277,12 @@ class Planner:
             frames -= 1
         starts = range(0, grid.t, frames)
         return [Piece(item, Grid(min(frames, grid.t - first), grid.h, grid.w), first) for first in starts]
+
+
+def _check_rows(came: int | None, held: int) -> None:
+    """
+    Raises:
+        PatchError: other rows came than the grids hold.
+    """
+    if came is not None and came != held:
+        raise PatchError(f"pixel_values has {came} rows, but the grids hold {held} patches.")

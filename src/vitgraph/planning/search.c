@@ -50,6 +50,7 @@ typedef struct {
     const int32_t *set_rows, *set_segments; /* [SETS] */
     Group *groups; /* what is found, see `cheapest_groups` */
     int32_t *order, *table;
+    int64_t rows_of_all;
 } Tables;
 
 typedef struct {
@@ -310,11 +311,12 @@ static void locate(const int32_t *starts, const int32_t *order, Group *groups, i
  *
  * given: see `read`.
  *
- * Of the tables, groups, order and table receive what `arrange`, `sum_up` and `locate` say.
+ * Of the tables, groups, order and table receive what `arrange`, `sum_up` and `locate` say, and rows_of_all the patch
+ * rows of all items.
  *
  * Returns how many groups there are, 0 where an item exceeds the largest budget, -1 where memory is short.
  */
-int32_t cheapest_groups(const Tables *t, const Sum *given, int32_t count) {
+int32_t cheapest_groups(Tables *t, const Sum *given, int32_t count) {
     const size_t n = (size_t)count + 1;
     char *memory = malloc(n * (2 * sizeof(Sum) + sizeof(Key) + 2 * sizeof(double) + 6 * sizeof(int32_t)));
     if (memory == NULL) return -1;
@@ -337,6 +339,7 @@ int32_t cheapest_groups(const Tables *t, const Sum *given, int32_t count) {
         found = arrange(best, keys, count, t->groups, t->order, number, scratch);
         sum_up(t, items, best, count, t->groups, number, found);
         locate(starts, t->order, t->groups, found, t->table);
+        t->rows_of_all = starts[count];
     }
     free(memory);
     return found;

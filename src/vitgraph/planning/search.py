@@ -5,10 +5,11 @@ search.c is the same search, line by line, for where a millisecond counts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import reduce
 from itertools import accumulate, chain
 from struct import Struct
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,6 +25,19 @@ Group = list[int]
 Found = tuple[Group, Stretches, Size, float, int]
 """A group, ascending; where its pixel rows lie among those of all items; its size and its load; and the smallest budget
 that holds it, one more than there are where none does."""
+
+
+class Searched(NamedTuple):
+    """What is found for a batch.
+
+    Attributes:
+        rows: patch rows of all its items.
+        groups: each may be made when it is asked for.
+    """
+
+    rows: int
+    groups: Iterable[Found]
+
 
 MOST_EXHAUSTIVE = 256
 NEAR_ENOUGH = 1.01
