@@ -156,6 +156,7 @@ def test_an_empty_batch_gives_an_empty_list() -> None:
     encoder = make()
     assert encoder.encode([]) == []
     assert encoder.encode_patches(torch.empty(0, encoder.spec.patch_width), []) == []
+    assert len(encoder.engine._prepared) == 0, "nothing has run"
 
 
 @pytest.mark.parametrize(

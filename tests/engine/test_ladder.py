@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import cast
@@ -127,6 +128,34 @@ def test_what_a_memory_limit_is_compared_with_is_complete(captured, monkeypatch)
     ladder = captured(memory_limit=15)
     assert Pool.finished[:3] == [0, 1, 2]
     assert sorted(ladder.graphs) == [0, 1], "the smallest, and the one that exceeds the limit"
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_garbage_is_collected_after_the_last_capture_and_in_no_later_one(captured, monkeypatch, lazy: bool) -> None:
+    """A full collection takes longer than most requests."""
+    before: list[int] = []
+    capture = Pool.capture
+
+    def noting(self, *args, **settings) -> CapturedGraph:
+        before.append(full_collections())
+        return capture(self, *args, **settings)
+
+    monkeypatch.setattr(Pool, "capture", noting)
+    gc.disable()
+    try:
+        ladder = captured(lazy=lazy)
+        assert full_collections() == before[-1] + 1
+        del ladder.graphs[0]
+        ladder.complete, so_far = False, full_collections()
+        assert not ladder.missing(0)
+        assert full_collections() == so_far
+    finally:
+        gc.enable()
+
+
+def full_collections() -> int:
+    """How many there were in this process."""
+    return int(gc.get_stats()[2]["collections"])
 
 
 class Chosen:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -142,7 +143,7 @@ class Ladder:
         """Captures every budget, largest first: the smaller ones then find memory to share.
 
         Under a `memory_limit` the smallest come first, since they gain most from a graph. Nothing may be running on the
-        static buffers.
+        static buffers. Ends with a full collection of Python's garbage.
         """
         order = list(range(len(self.budgets)))
         if self._config.memory_limit is None:
@@ -158,6 +159,9 @@ class Ladder:
                     progress(done, len(order), f"{self.budgets[index].tokens} tokens")
                 if index not in self.graphs and not self._capture(pool, index, warm_up=index in warm_ups):
                     break
+            # A full collection looks at all that was ever imported, for a quarter of a second. What was made until here
+            # brings one about: now, while the last graphs become executable, instead of in a request.
+            gc.collect()
         self.complete = True
 
     def poison(self) -> None:
