@@ -200,6 +200,18 @@ def test_other_rows_than_the_grids_hold_are_refused_before_any_pack_runs(items: 
     assert (encoder.stats.replays, encoder.stats.eager_packs, encoder.stats.items) == (0, 0, 0)
 
 
+def test_other_rows_than_the_grids_hold_are_refused_before_the_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, grids = make(), [(1, 8, 8), (1, 4, 4)]
+    rows, captured = rows_of(encoder, grids), []
+    monkeypatch.setattr(encoder.engine.ladder, "complete", False)
+    monkeypatch.setattr(encoder.engine, "capture", lambda: captured.append(True))
+    with pytest.raises(PatchError, match="79 rows, but the grids hold 80 patches"):
+        encoder.encode_patches(rows[1:], grids)
+    assert not captured
+    encoder.encode_patches(rows, grids)
+    assert captured
+
+
 @pytest.mark.parametrize(
     "grids",
     [

@@ -32,7 +32,7 @@ from vitgraph.layers.block import Attention
 from vitgraph.layers.rotary import settle_cos_and_sin
 from vitgraph.models.contract import Tower, TowerBuffers
 from vitgraph.planning.budgets import Budget
-from vitgraph.planning.packing import Planner
+from vitgraph.planning.packing import Planner, check_rows
 from vitgraph.workspace import without_workspace
 
 __all__ = ["Engine", "Mode", "Outputs", "Progress"]
@@ -259,17 +259,16 @@ class Engine:
         self, rows: Tensor | Sequence[Tensor], grids: Sequence[Grid], mode: Mode, key: Hashable | None
     ) -> list[Ran]:
         with self._lock, self._guard():
+            count = rows.shape[0] if isinstance(rows, Tensor) else None
             if mode == "auto" and not self.ladder.complete and not self.config.lazy:
+                check_rows(count, sum(grid.patches for grid in grids))  # a mistake shall not wait for a capture
                 self.capture()
             mode = mode if self.config.graph else "eager"
             # The static rows must not come to need gradients; nothing else on the way to a replay could record any.
-            count = None
             if not isinstance(rows, Tensor):
                 rows = [own.detach() for own in rows]
-            else:
-                count = rows.shape[0]
-                if rows.requires_grad:
-                    rows = rows.detach()
+            elif rows.requires_grad:
+                rows = rows.detach()
             as_one = rows if mode == "auto" and isinstance(rows, Tensor) else None
             ran: list[Ran] = []
             replays: list[PreparedReplay] = []

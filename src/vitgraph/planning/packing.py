@@ -120,11 +120,11 @@ class Planner:
         grids = self.batch(grids)
         together = self.one_pack(grids, eager)
         if together is not None:
-            _check_rows(rows, together.counts["patch"])
+            check_rows(rows, together.counts["patch"])
             return iter((together,))
         if grids.known:
             return self._several(grids, split, eager, rows)
-        _check_rows(rows, 0)
+        check_rows(rows, 0)
         return iter(())
 
     def one_pack(self, grids: Grids, eager: bool = True) -> Pack | None:
@@ -191,7 +191,7 @@ class Planner:
             pieces = [part for piece in map(Piece, range(len(grids)), grids) for part in self._cut(piece)]
             known = [self.known(piece.grid) for piece in pieces]
         rows, groups = found or self._some_alone(known)
-        _check_rows(came, rows)
+        check_rows(came, rows)
         for group, stretches, size, load, smallest in groups:
             together = Grids([known[at] for at in group], self, size, load)
             is_held = smallest < len(self._budgets)
@@ -279,8 +279,9 @@ class Planner:
         return [Piece(item, Grid(min(frames, grid.t - first), grid.h, grid.w), first) for first in starts]
 
 
-def _check_rows(came: int | None, held: int) -> None:
-    """
+def check_rows(came: int | None, held: int) -> None:
+    """Compares the patch rows that came for a batch, if that is known, with those that its grids hold.
+
     Raises:
         PatchError: other rows came than the grids hold.
     """
