@@ -208,11 +208,8 @@ class Grids(Sequence[Grid]):
     ) -> None:
         self.known, self.owner = known, owner
         if size is None:
-            if len(known) == 1:
-                size, load = known[0].size, known[0].load
-            else:
-                kinds = len(known[0].size) if known else 0
-                size, load = sums_of(sum([own.digits for own in known]), kinds)
+            kinds = len(known[0].size) if known else 0
+            size, load = sums_of(sum([own.digits for own in known]), kinds)
         self.size, self.load = size, load
 
     @cached_property
@@ -263,7 +260,10 @@ class Pack:
     @classmethod
     def of_whole_items(cls, grids: Grids, counts: Counts, budget: int | None, reason: str = "") -> Pack:
         """Items in the caller's order, none of them cut. Their pieces are made when they are asked for."""
-        return cls._made(grids, counts, budget, reason, Stretches.of_first(counts["patch"]))
+        made = object.__new__(cls)
+        stretches = Stretches.of_first(counts["patch"])
+        made.__dict__.update(grids=grids, counts=counts, budget=budget, reason=reason, stretches=stretches)
+        return made
 
     @classmethod
     def of_some(
@@ -286,20 +286,12 @@ class Pack:
             grids: of the chosen ones.
             counts, budget, reason: see above.
         """
-        made = cls._made(grids, counts, budget, reason, stretches)
+        made = object.__new__(cls)
+        made.__dict__.update(grids=grids, counts=counts, budget=budget, reason=reason, stretches=stretches)
         if pieces is None:
             made.__dict__["items"] = chosen
         else:
             made.__dict__["pieces"] = tuple([pieces[number] for number in chosen])
-        return made
-
-    @classmethod
-    def _made(cls, grids: Grids, counts: Counts, budget: int | None, reason: str, stretches: Stretches) -> Pack:
-        """All but its pieces."""
-        made = object.__new__(cls)
-        own = made.__dict__
-        own["grids"], own["counts"], own["budget"], own["reason"] = grids, counts, budget, reason
-        own["stretches"] = stretches
         return made
 
     if not TYPE_CHECKING:

@@ -67,15 +67,9 @@ def same(prices: Prices, known: list[KnownGrid], compiled: CompiledSearch | None
     got, groups = compiled(known), search(prices, known)
     if got is None or groups is None:
         return got is groups
-    rows, found = got
-    want = [expected(prices, known, group) for group in sorted(map(sorted, groups))]
-    return rows == sum(own.patches for own in known) and [describe(one) for one in found] == want
-
-
-def found_by(compiled: CompiledSearch, known: list[KnownGrid]) -> Iterator[Found]:
-    """The groups alone."""
-    _, found = compiled(known)
-    return iter(found)
+    found = [describe(found) for found in got.groups]
+    rows = sum(own.patches for own in known)
+    return got.rows == rows and found == [expected(prices, known, group) for group in sorted(map(sorted, groups))]
 
 
 def describe(found: Found) -> tuple:
@@ -125,7 +119,7 @@ def test_what_exceeds_every_budget_is_told(grid: Grid) -> None:
     known = [planner.known(one) for one in (Grid(1, 8, 8), grid)]
     assert compiled_search.compiled_search(prices)(known) is None is search(prices, known)
     assert same(prices, known[:1])
-    (found,) = found_by(compiled_search.compiled_search(prices), known[:1])
+    (found,) = compiled_search.compiled_search(prices)(known[:1]).groups
     assert describe(found)[:2] == ([0], [(0, 64)])
 
 
@@ -166,7 +160,7 @@ def test_many_items(items: int) -> None:
     known = [planner.known(Grid(1, 2 + 2 * (i * 7 % 13), 2 + 2 * (i * 5 % 11))) for i in range(items)]
     compiled = compiled_search.compiled_search(prices)
     assert same(prices, known, compiled)
-    assert sorted(item for group, *_ in found_by(compiled, known) for item in group) == list(range(items))
+    assert sorted(item for group, *_ in compiled(known).groups for item in group) == list(range(items))
     assert same(prices, known[:5], compiled), "after many"
 
 
@@ -176,10 +170,10 @@ def test_what_was_found_stays_while_others_are_searched() -> None:
     compiled = compiled_search.compiled_search(prices_of(budgets, planner.cost))
     sides = [4, 12, 8, 16, 12, 4]
     some, others = ([planner.known(Grid(1, side, side)) for side in order] for order in (sides, sides[::-1] * 2))
-    want = [describe(found) for found in found_by(compiled, some)]
-    found = found_by(compiled, some)
+    want = [describe(found) for found in compiled(some).groups]
+    found = iter(compiled(some).groups)
     first = next(found)
-    assert len(list(found_by(compiled, others))) > len(want) > 1
+    assert len(list(compiled(others).groups)) > len(want) > 1
     assert [describe(one) for one in (first, *found)] == want
 
 
@@ -216,7 +210,7 @@ def test_it_serves_any_number_of_kinds(kinds: int) -> None:
     prices = Prices(CostModel((5.0, 9.0), (0.0, 0.0), (40, 80)), [[40, 80]] * (kinds - 1) + [[1, 1]], 0, [])
     known = [KnownGrid(Grid(1, 1, 1), {}, (1,) * kinds) for _ in range(3)]
     assert same(prices, known)
-    assert [group for group, *_ in found_by(compiled_search.compiled_search(prices), known)] == [[0], [1], [2]]
+    assert [group for group, *_ in compiled_search.compiled_search(prices)(known).groups] == [[0], [1], [2]]
 
 
 def test_budgets_that_are_too_large_are_searched_in_python(caplog, monkeypatch) -> None:

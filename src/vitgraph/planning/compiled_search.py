@@ -109,7 +109,7 @@ class CompiledSearch:
         # All of it: the next call writes over what lies there.
         groups = self._groups[: found * self._group.size].tobytes()
         made = self._made(groups, self._order[:count].tolist(), self._table[: count * STRETCH_BYTES].tobytes())
-        return self._tables.rows_of_all, made
+        return Searched(self._tables.rows_of_all, made)
 
     def _made(self, groups: bytes, order: list[int], table: bytes) -> Iterator[Found]:
         kinds, begin, first = self._kinds, 0, 0

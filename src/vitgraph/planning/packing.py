@@ -213,7 +213,7 @@ class Planner:
         fitting = [at for at, own in enumerate(known) if own.fits]
         groups = [[at] for at, own in enumerate(known) if not own.fits]
         if fitting and (found := self._search([known[at] for at in fitting])):
-            groups += [[fitting[i] for i in group] for group, *_ in found[1]]
+            groups += [[fitting[i] for i in group] for group, *_ in found.groups]
         return self._found(groups, known)
 
     def _found(self, groups: Iterable[Iterable[int]], known: Sequence[KnownGrid]) -> Searched:
@@ -224,7 +224,7 @@ class Planner:
             known: per item.
         """
         starts = [0, *accumulate(own.patches for own in known)]
-        return starts[-1], self._described(groups, known, starts)
+        return Searched(starts[-1], self._described(groups, known, starts))
 
     def _described(
         self, groups: Iterable[Iterable[int]], known: Sequence[KnownGrid], starts: Sequence[int]

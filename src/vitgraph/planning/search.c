@@ -14,9 +14,6 @@
 #define GUARD 0x80000000u
 #define GUARDS 0x8000000080000000u
 
-/* A cost within this share of another one may be the same, summed up otherwise. */
-#define ROUNDING 1e-9
-
 typedef union {
     uint32_t rows[KINDS];
     uint64_t words[WORDS];
@@ -140,51 +137,33 @@ static int32_t greedy(const Tables *t, const Sum *items, int32_t count, int32_t 
     return groups;
 }
 
-/* Dynamic programming over the ends of runs. Runs begin only where the rest may lead below the cost of the groups that
- * were found before.
+/* Dynamic programming over the ends of runs.
  *
- * most: that cost.
- * rest: see `bound`.
- * first: for the items that runs may begin with; [count + 1], as all that follow.
- * before, least: for the sums of the items before these, and what they cost at least. What carries in a sum from kind
- * to kind is gone from differences.
- * begin: for where the last run before each of them begins.
- *
- * Returns 0 where nothing costs less.
+ * before: for the sums of the items before each one, and of all; [count + 1]. What carries there from kind to kind is
+ * gone from their differences.
  */
 static int32_t best_runs(
-    const Tables *t, const Sum *items, int32_t count, int32_t *group, double most, double rest, Sum *before,
-    double *least, double *costs, int32_t *first, int32_t *begin
+    const Tables *t, const Sum *items, int32_t count, int32_t *group, Sum *before, double *least, double *costs,
+    int32_t *begin
 ) {
-    int32_t lowest = 0, open = 1; /* the largest budget holds no run that begins below; how many there are */
-    Sum sum = {{{0}}, 0.0};
-    before[0] = sum;
+    int32_t lowest = 0; /* that a run may begin with: the largest budget holds no longer one */
+    memset(before, 0, sizeof(Sum));
     least[0] = 0.0;
-    first[0] = 0;
-    most += ROUNDING * fabs(most);
     for (int32_t end = 1; end <= count; end++) {
-        const Sum *last = &items[end - 1];
-        add(&sum, last);
-        rest -= last->size.rows[t->rows] * t->least_per_row + last->load * t->least_slope;
-        for (; lowest < open; lowest++) {
-            const Size run = difference(&sum.size, &before[lowest].size);
-            if (holds(largest(t), &run)) break;
-        }
+        before[end] = before[end - 1];
+        add(&before[end], &items[end - 1]);
+        Size run = difference(&before[end].size, &before[lowest].size);
+        while (!holds(largest(t), &run)) run = difference(&before[end].size, &before[++lowest].size);
         double best = INFINITY;
-        for (int32_t k = lowest; k < open; k++) {
-            const Size run = difference(&sum.size, &before[k].size);
-            costs[k] = least[k] + price(t, &run, sum.load - before[k].load);
-            best = costs[k] < best ? costs[k] : best;
+        for (int32_t first = lowest; first < end; first++) {
+            run = difference(&before[end].size, &before[first].size);
+            costs[first] = least[first] + price(t, &run, before[end].load - before[first].load);
+            best = costs[first] < best ? costs[first] : best;
         }
-        if (best + rest > most) continue; /* also where no run fits; never where there is no bound */
-        int32_t longest = lowest; /* of runs of equal cost */
-        while (costs[longest] > best) longest++;
-        begin[end] = first[longest];
-        before[open] = sum;
-        least[open] = best;
-        first[open++] = end;
+        least[end] = best;
+        begin[end] = lowest; /* of equal ones the longest run */
+        while (costs[begin[end]] > best) begin[end]++;
     }
-    if (first[open - 1] != count) return 0;
     int32_t groups = 0;
     for (int32_t end = count; end > 0; end = begin[end], groups++)
         for (int32_t i = begin[end]; i < end; i++) group[i] = groups;
@@ -353,10 +332,9 @@ int32_t cheapest_groups(Tables *t, const Sum *given, int32_t count) {
         double cost = total(t, items, count, best, found, sums);
         found = greedy(t, items, count, group);
         keep_cheaper(total(t, items, count, group, found, sums), group, count, &cost, best);
-        const double lowest = bound(t, items, count);
-        if (count <= t->most_exhaustive && cost > t->near_enough * lowest) {
-            found = best_runs(t, items, count, group, cost, lowest, sums, least, costs, scratch, scratch + n);
-            if (found) keep_cheaper(total(t, items, count, group, found, sums), group, count, &cost, best);
+        if (count <= t->most_exhaustive && cost > t->near_enough * bound(t, items, count)) {
+            found = best_runs(t, items, count, group, sums, least, costs, scratch);
+            keep_cheaper(total(t, items, count, group, found, sums), group, count, &cost, best);
         }
         found = arrange(best, keys, count, t->groups, t->order, number, scratch);
         sum_up(t, items, best, count, t->groups, number, found);

@@ -1,6 +1,6 @@
 """The search for the cheapest way to run items in several packs.
 
-search.c finds the same, for where a millisecond counts.
+search.c is the same search, line by line, for where a millisecond counts.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from functools import reduce
 from itertools import accumulate, chain
 from struct import Struct
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,8 +26,18 @@ Found = tuple[Group, Stretches, Size, float, int]
 """A group, ascending; where its pixel rows lie among those of all items; its size and its load; and the smallest budget
 that holds it, one more than there are where none does."""
 
-Searched = tuple[int, Iterable[Found]]
-"""Of a batch: the patch rows of all items, and the groups that were found, each made when it is asked for or before."""
+
+class Searched(NamedTuple):
+    """What is found for a batch.
+
+    Attributes:
+        rows: patch rows of all its items.
+        groups: each may be made when it is asked for.
+    """
+
+    rows: int
+    groups: Iterable[Found]
+
 
 MOST_EXHAUSTIVE = 256
 NEAR_ENOUGH = 1.01
