@@ -119,7 +119,9 @@ def test_what_the_largest_budget_cannot_hold_is_planned_without_its_sums(sides: 
     rows = sum(grid.patches for grid in items)
     batch = planner.batch_of([planner.known(grid) for grid in items], rows)
     assert bool(batch.size) == (rows <= 1024)
-    assert planner.plan(batch) == planner.plan(items)
+    assert list(planner.packs(batch, rows=rows)) == planner.plan(batch) == planner.plan(items)
+    with pytest.raises(PatchError, match=f"{rows + 1} rows, but the grids hold {rows} "):
+        next(planner.packs(batch, rows=rows + 1))
     assert (len(planner.plan(batch)) == 1) == (rows <= 1024)
 
 
@@ -149,5 +151,8 @@ def test_a_batch_that_is_one_pack_makes_its_pieces_when_they_are_asked_for() -> 
     assert pack.pieces == (Piece(0, items[0]), Piece(1, items[1]))
     assert pack == Pack(pack.pieces, pack.counts, pack.budget)
     assert pack.counts["patch"] == 64
+    for some, rows in ((items, 64), (planner.batch(items[:1]), 16)):
+        with pytest.raises(PatchError, match=f"7 rows, but the grids hold {rows} "):
+            next(planner.packs(some, rows=7))
     with pytest.raises(AttributeError, match="nothing"):
         _ = pack.nothing
