@@ -25,7 +25,7 @@ from techniques import POWERS_OF_TWO
 from vitgraph import VisionEncoder
 from vitgraph.bench.reference import reference_forward, reference_model
 from vitgraph.bench.workloads import parse_workload
-from vitgraph.core import Grid, Grids, KnownGrid, Pack
+from vitgraph.core import Grid, KnownGrid
 from vitgraph.planning.packing import Planner
 from vitgraph.planning.search import Searched, greedy
 
@@ -50,13 +50,10 @@ def requests() -> list[list[Grid]]:
 class GreedyPlanner(Planner):
     """Ascending greedy packing into the smallest budget that holds each pack; no costs."""
 
-    def one_pack(self, grids: Grids, eager: bool = True) -> Pack | None:
-        return None  # one pack or several, `_search` says
-
-    def _search(self, known: Sequence[KnownGrid]) -> Searched:
+    def find(self, known: Sequence[KnownGrid], eager: bool) -> Searched:
         order = sorted(range(len(known)), key=lambda at: -known[at].patches)
         groups = greedy([known[at].size for at in order], self._prices.largest)
-        return self._found([[order[i] for i in group] for group in groups], known)
+        return self._found([[order[i] for i in group] for group in groups], known, eager)
 
 
 def time_requests(run: Callable[[torch.Tensor, list[Grid]], object], width: int) -> list[float]:

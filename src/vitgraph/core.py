@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
@@ -18,11 +18,13 @@ Counts = Mapping[str, int]
 
 NOWHERE = b""
 
+PLACE_BYTES = 4
+
 TOLD = (1 << 31) - 1
 """More rows than any budget holds that is searched compiled."""
 
-MOST_PATCHES = 1 << 40
-"""Of one item: more than any machine holds, and few enough that no batch sums up to 2^64."""
+MOST_PATCHES = (1 << 31) - 1
+"""Of a batch: requests say in an int32 where rows lie."""
 
 
 class Grid(NamedTuple):
@@ -68,8 +70,7 @@ class KnownGrid:
         fits: whether the planner's largest budget holds such an item.
         place: where its part of the metadata lies on the device, an int32 as requests hold it, or NOWHERE.
         patches: of the grid.
-        digits: size and load as one number, so that they are summed as fast as numbers are; see `sums_of`.
-        row: size and load as the compiled search reads them: of each kind no more than TOLD rows.
+        row: load, size and place as the compiled search reads them: of each kind no more than TOLD rows.
     """
 
     grid: Grid
@@ -79,38 +80,27 @@ class KnownGrid:
     fits: bool = True
     place: bytes = NOWHERE
     patches: int = field(init=False)
-    digits: int = field(init=False)
     row: bytes = field(init=False)
 
     def __post_init__(self) -> None:
         self.patches = self.grid.patches
-        layout = _digits(len(self.size))
-        size = layout.pack(*self.size)
-        self.digits = int.from_bytes(size, "little") + (self.load << 8 * layout.size)
-        self.row = struct.pack(sum_format(len(self.size)), *(min(rows, TOLD) for rows in self.size), self.load)
+        size = (min(rows, TOLD) for rows in self.size)
+        self.row = struct.pack("=" + sum_format(len(self.size)), self.load, *size) + _place(self.place)
+
+    def put(self, place: bytes) -> None:
+        """Notes a new `place`."""
+        self.place = place
+        self.row = self.row[: -2 * PLACE_BYTES] + _place(place)
 
 
-@cache
-def _digits(kinds: int) -> struct.Struct:
-    """A size as digits to the base of 2^64, which no sum of rows reaches."""
-    return struct.Struct(f"<{kinds}Q")
+def _place(place: bytes) -> bytes:
+    """The end of a row: a negative number for NOWHERE, and as many bytes that are not read."""
+    return (place or b"\xff" * PLACE_BYTES) + bytes(PLACE_BYTES)
 
 
 def sum_format(kinds: int) -> str:
-    """How the compiled search holds a size and a load, as `struct` says it: its sizes have an even number of kinds."""
-    return f"={kinds}I{kinds % 2 * 4}xd"
-
-
-def sums_of(digits: int, kinds: int) -> tuple[tuple[int, ...], int]:
-    """The size and the load that a number stands for.
-
-    Args:
-        digits: of a `KnownGrid`, or the sum of several.
-        kinds: how many a size has.
-    """
-    layout = _digits(kinds)
-    load = digits >> 8 * layout.size
-    return layout.unpack((digits - (load << 8 * layout.size)).to_bytes(layout.size, "little")), load
+    """How the compiled search holds a load and a size, as `struct` says it: its sizes have an even number of kinds."""
+    return f"d{kinds}I{kinds % 2 * 4}x"
 
 
 class Stretches(Sequence[tuple[int, int]]):
@@ -190,27 +180,25 @@ class Stretches(Sequence[tuple[int, int]]):
         return f"Stretches.of({self[:]!r})"
 
 
+STRETCH_BYTES = Stretches.ENTRY.size
+
+
 class Grids(Sequence[Grid]):
     """Grids of the items of a batch or a pack, and what is known of each. Equal to a tuple of the same grids.
 
     Args:
-        known: per item.
+        known: per item of a batch.
         owner: who knows them. What one planner knows is of no use to another.
-        size, load: see below; summed up unless a size is given.
-
-    Attributes:
-        size: of all items together; empty without items, and where nobody will ask for it.
-        load: of all items together, if there is a size.
+        chosen: which of its items are meant; default: all.
     """
 
-    def __init__(
-        self, known: list[KnownGrid], owner: object, size: tuple[int, ...] | None = None, load: float = 0
-    ) -> None:
-        self.known, self.owner = known, owner
-        if size is None:
-            kinds = len(known[0].size) if known else 0
-            size, load = sums_of(sum([own.digits for own in known]), kinds)
-        self.size, self.load = size, load
+    def __init__(self, known: list[KnownGrid], owner: object, chosen: Sequence[int] | None = None) -> None:
+        self.owner, self._batch, self._chosen = owner, known, chosen
+
+    @cached_property
+    def known(self) -> list[KnownGrid]:
+        """What is known, per item that is meant."""
+        return self._batch if self._chosen is None else [self._batch[at] for at in self._chosen]
 
     @cached_property
     def _grids(self) -> tuple[Grid, ...]:
@@ -258,14 +246,6 @@ class Pack:
     reason: str = ""
 
     @classmethod
-    def of_whole_items(cls, grids: Grids, counts: Counts, budget: int | None, reason: str = "") -> Pack:
-        """Items in the caller's order, none of them cut. Their pieces are made when they are asked for."""
-        made = object.__new__(cls)
-        stretches = Stretches.of_first(counts["patch"])
-        made.__dict__.update(grids=grids, counts=counts, budget=budget, reason=reason, stretches=stretches)
-        return made
-
-    @classmethod
     def of_some(
         cls,
         chosen: Sequence[int],
@@ -301,8 +281,7 @@ class Pack:
             made = self.__dict__
             if name != "pieces" or "grids" not in made:
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-            items = made.get("items", range(len(self.grids)))
-            return made.setdefault(name, tuple(map(Piece, items, self.grids)))
+            return made.setdefault(name, tuple(map(Piece, made["items"], self.grids)))
 
     @cached_property
     def stretches(self) -> Stretches:

@@ -242,7 +242,7 @@ class VisionEncoder:
         count = rows.shape[0]
         if not known and not count:
             return []
-        grids = self.engine.planner.batch_of(known, count)  # what an earlier planner of the same engine knew is as good
+        grids = self.engine.planner.batch_of(known)  # what an earlier planner of the same engine knew is as good
         return self.engine.embed(rows, grids, mode, key if isinstance(key, bytes) else None)
 
     def release(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import struct
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,15 +17,15 @@ from hypothesis import strategies as st
 
 from packing_rule import RULE, Rule, grids, models
 from vitgraph.config import EncoderConfig
-from vitgraph.core import Grid, Grids, KnownGrid
+from vitgraph.core import NOWHERE, Grid, KnownGrid, Pack, Stretches
 from vitgraph.errors import PatchError
 from vitgraph.planning import compiled_search
 from vitgraph.planning import search as search_module
 from vitgraph.planning.budgets import make_budgets
 from vitgraph.planning.compiled_search import COMPILERS, FLAGS, MOST_ROWS, CompiledSearch, load_library
-from vitgraph.planning.cost import LONG_ROWS, CostModel
+from vitgraph.planning.cost import LONG_ROWS, CostModel, are_long
 from vitgraph.planning.packing import Planner
-from vitgraph.planning.search import MOST_EXHAUSTIVE, Found, Prices, search
+from vitgraph.planning.search import MOST_EXHAUSTIVE, Prices, Searched, search
 
 pytestmark = pytest.mark.skipif(
     not (os.environ.get("CC") or any(map(shutil.which, COMPILERS))), reason="needs a C compiler"
@@ -64,20 +65,29 @@ def prices_of(budgets: tuple, cost: CostModel) -> Prices:
 def same(prices: Prices, known: list[KnownGrid], compiled: CompiledSearch | None = None) -> bool:
     """Whether the compiled search finds of these items what the search in Python finds."""
     compiled = compiled or compiled_search.compiled_search(prices)
-    got, groups = compiled(known), search(prices, known)
-    if got is None or groups is None:
-        return got is groups
-    found = [describe(found) for found in got.groups]
-    rows = sum(own.patches for own in known)
-    return got.rows == rows and found == [expected(prices, known, group) for group in sorted(map(sorted, groups))]
+    size = tuple(sum(own.size[kind] for own in known) for kind in range(len(prices.columns)))
+    if any(smallest(prices, own.size) == len(prices.columns[0]) for own in known):
+        return compiled(known, False) is None is compiled(known, True)
+    groups = search(prices, known) if prices.splits[smallest(prices, size)] else [range(len(known))]
+    for eager in (False, True):
+        got = compiled(known, eager)
+        if got is None or got.rows != sum(own.patches for own in known):
+            return False
+        if describe(got) != [expected(prices, known, group, eager) for group in sorted(map(sorted, groups))]:
+            return False
+    return True
 
 
-def describe(found: Found) -> tuple:
-    group, stretches, size, load, smallest = found
-    return group, list(stretches), size, load, smallest
+def describe(found: Searched) -> list[tuple]:
+    """Per group its items, where their pixel rows and their metadata lie, and what else is said of it."""
+    described = []
+    for begin, end, first, last, *of in found.groups:
+        stretches = list(Stretches(found.table[8 * first : 8 * last]))
+        described.append((found.order[begin:end], stretches, found.places[4 * begin : 4 * end], *of))
+    return described
 
 
-def expected(prices: Prices, known: list[KnownGrid], group: list[int]) -> tuple:
+def expected(prices: Prices, known: list[KnownGrid], group: list[int], eager: bool = False) -> tuple:
     """As `describe`, counted one by one."""
     first = [sum(own.size[prices.rows] for own in known[:at]) for at in group]
     stretches: list[tuple[int, int]] = []
@@ -88,11 +98,20 @@ def expected(prices: Prices, known: list[KnownGrid], group: list[int]) -> tuple:
             rows += before
         stretches.append((begin, rows))
     size = tuple(sum(known[at].size[kind] for at in group) for kind in range(len(prices.columns)))
+    budget, rows = smallest(prices, size), size[prices.rows]
+    sets = [(size[rows], size[segments]) for rows, segments in prices.sets]
+    placed = b"".join(known[at].place for at in group) if all(own.place for own in known) else b""
+    settled, load = rows >= prices.settled[eager][budget], sum(known[at].load for at in group)
+    return group, stretches, placed, rows, budget, settled, bool(are_long(*sets)), load, *size
+
+
+def smallest(prices: Prices, size: tuple[int, ...]) -> int:
+    """The smallest budget that holds so many rows; how many there are where none does."""
     holds = [
         all(n <= column[budget] for n, column in zip(size, prices.columns, strict=True))
         for budget in range(len(prices.columns[0]))
     ]
-    return group, stretches, size, sum(known[at].load for at in group), holds.index(True)
+    return [*holds, True].index(True)
 
 
 few = st.sampled_from([Grid(1, 2, 2), Grid(1, 8, 8), Grid(1, 8, 8), Grid(2, 6, 8), Grid(1, 20, 24)])
@@ -106,21 +125,23 @@ def test_it_finds_the_groups_that_python_finds(model, items) -> None:
     planner, prices = Planner(RULE, budgets, cost), prices_of(budgets, cost)
     known = [planner.known(grid) for grid in items]
     fitting = [own for own in known if own.fits]
+    compiled = compiled_search.compiled_search(prices)
     for some in filter(None, (known, fitting)):
         assert same(prices, some)
-        assert (search(prices, some) is None) == (len(some) > len(fitting))
+        assert (compiled(some, False) is None) == (len(some) > len(fitting))
 
 
-@pytest.mark.parametrize("grid", [Grid(1, 1 << 20, 1 << 12), Grid(1, 1 << 20, 1 << 20), Grid(1 << 9, 2, 2)])
+@pytest.mark.parametrize("grid", [Grid(1, 1 << 15, 1 << 15), Grid(1, 1 << 10, (1 << 21) - 1), Grid(1 << 9, 2, 2)])
 def test_what_exceeds_every_budget_is_told(grid: Grid) -> None:
     budgets = make_budgets(RULE, EncoderConfig(max_frames=64, max_items=64))
     planner = Planner(RULE, budgets)
     prices = prices_of(budgets, planner.cost)
     known = [planner.known(one) for one in (Grid(1, 8, 8), grid)]
-    assert compiled_search.compiled_search(prices)(known) is None is search(prices, known)
+    compiled = compiled_search.compiled_search(prices)
+    assert compiled(known, False) is None is planner.find(known, False)
     assert same(prices, known[:1])
-    (found,) = compiled_search.compiled_search(prices)(known[:1]).groups
-    assert describe(found)[:2] == ([0], [(0, 64)])
+    (found,) = describe(compiled(known[:1], False))
+    assert found[:2] == ([0], [(0, 64)])
 
 
 @given(models(), st.lists(few, min_size=1, max_size=12), st.sampled_from([1.0, 0.5, 0.0]))
@@ -160,7 +181,7 @@ def test_many_items(items: int) -> None:
     known = [planner.known(Grid(1, 2 + 2 * (i * 7 % 13), 2 + 2 * (i * 5 % 11))) for i in range(items)]
     compiled = compiled_search.compiled_search(prices)
     assert same(prices, known, compiled)
-    assert sorted(item for group, *_ in compiled(known).groups for item in group) == list(range(items))
+    assert sorted(compiled(known, False).order) == list(range(items))
     assert same(prices, known[:5], compiled), "after many"
 
 
@@ -170,11 +191,10 @@ def test_what_was_found_stays_while_others_are_searched() -> None:
     compiled = compiled_search.compiled_search(prices_of(budgets, planner.cost))
     sides = [4, 12, 8, 16, 12, 4]
     some, others = ([planner.known(Grid(1, side, side)) for side in order] for order in (sides, sides[::-1] * 2))
-    want = [describe(found) for found in compiled(some).groups]
-    found = iter(compiled(some).groups)
-    first = next(found)
-    assert len(list(compiled(others).groups)) > len(want) > 1
-    assert [describe(one) for one in (first, *found)] == want
+    want = describe(compiled(some, False))
+    found = compiled(some, False)
+    assert len(compiled(others, False).groups) > len(want) > 1
+    assert describe(found) == want
 
 
 @given(st.lists(grids, max_size=30), st.lists(st.integers(1, 800), min_size=1, max_size=8), st.booleans())
@@ -185,6 +205,9 @@ def test_plans_are_the_same(items, ladder, splits) -> None:
     assert compiled.plan(items) == plain.plan(items)
     for pack, other in zip(compiled.plan(items), plain.plan(items), strict=True):
         assert pack.stretches.table == other.stretches.table
+    known = [plain.known(grid) for grid in items]
+    for eager in (False, True):
+        assert compiled.find(known, eager) == plain.find(known, eager)
     assert compiled.searched_in_python == 0
     rows = sum(grid.patches for grid in items)
     for planner in (compiled, plain):
@@ -210,7 +233,7 @@ def test_it_serves_any_number_of_kinds(kinds: int) -> None:
     prices = Prices(CostModel((5.0, 9.0), (0.0, 0.0), (40, 80)), [[40, 80]] * (kinds - 1) + [[1, 1]], 0, [])
     known = [KnownGrid(Grid(1, 1, 1), {}, (1,) * kinds) for _ in range(3)]
     assert same(prices, known)
-    assert [group for group, *_ in compiled_search.compiled_search(prices)(known).groups] == [[0], [1], [2]]
+    assert [group for group, *_ in describe(compiled_search.compiled_search(prices)(known, True))] == [[0], [1], [2]]
 
 
 def test_budgets_that_are_too_large_are_searched_in_python(caplog, monkeypatch) -> None:
@@ -310,20 +333,72 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(
     assert "compiled again next time" in caplog.text
 
 
-def test_a_pack_is_made_when_it_is_asked_for() -> None:
+def test_a_pack_is_made_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     budgets = make_budgets(RULE, EncoderConfig(budgets=(64,)))
     planner = Planner(RULE, budgets, compiled=True)
-    made: list[Grids] = []
-    place = planner._placed
-
-    def placed(grids: Grids, smallest: int, eager: bool):
-        made.append(grids)
-        return place(grids, smallest, eager)
-
-    planner._placed = placed  # type: ignore[method-assign]
+    made: list[Pack] = []
+    make = Pack.of_some
+    monkeypatch.setattr(Pack, "of_some", lambda *given: (made.append(make(*given)), made[-1])[1])
     packs = planner.packs([Grid(1, 16, 16)] * 3)
     assert not made
     for number in (1, 2, 3):
-        next(packs)
+        assert next(packs) is made[-1]
         assert len(made) == number
     assert next(packs, None) is None
+
+
+@given(models(), st.lists(grids, min_size=1, max_size=20), st.data())
+def test_where_the_metadata_of_items_lies_is_told_in_their_order(model, items, data) -> None:
+    budgets, cost = model
+    planner = Planner(RULE, budgets, cost)
+    known = [own for own in map(planner.known, items) if own.fits]
+    for number, own in enumerate(known):
+        own.put(struct.pack("=i", number * 1000))
+    prices = prices_of(budgets, cost)
+    if known:
+        assert same(prices, known)
+        compiled = compiled_search.compiled_search(prices)
+        assert len(compiled(known, False).places) == 4 * len(known)
+        data.draw(st.sampled_from(known)).put(NOWHERE)
+        assert same(prices, known)
+        assert compiled(known, False).places == NOWHERE == planner.find(known, False).places
+
+
+def test_more_rows_than_requests_can_say_are_refused() -> None:
+    budgets = make_budgets(RULE, EncoderConfig(budgets=(1 << 15,)))
+    grid = Grid(1, 256, 512)
+    items = [grid] * ((1 << 31) // grid.patches)
+    for planner in (Planner(RULE, budgets), Planner(RULE, budgets, compiled=True)):
+        with pytest.raises(PatchError, match=f"{len(items)} items have {1 << 31} patches"):
+            planner.plan(items)
+        assert len(planner.plan(items[:100])) == 100
+
+
+def test_a_plan_with_little_to_spare_is_not_left_out() -> None:
+    """It costs less than what is found before, and no part of it much more than the bound says."""
+    rows = (168, 176)
+    prices = Prices(CostModel((1780.0, 1860.0), (0.0, 0.0), rows), [list(rows)], 0, [])
+    known = [KnownGrid(Grid(1, 1, n), {}, (n,)) for n in (156, 152, 76, 36, 60, 24, 132, 52)]
+    assert same(prices, known)
+    found = describe(compiled_search.compiled_search(prices)(known, False))
+    assert [group for group, *_ in found] == [[0], [1], [2, 4], [3, 5, 7], [6]]
+
+
+def test_where_packs_may_run_eager_others_are_settled() -> None:
+    budgets = make_budgets(RULE, EncoderConfig(budgets=(64, 512)))
+    rows = tuple(budget.capacity["patch"] for budget in budgets)
+    curve = (1, 256, 257, 2048), (1000.0, 1000.0, 3000.0, 3200.0)
+    prices = prices_of(budgets, CostModel((2000.0, 2500.0), (1e-6,) * 2, rows, *curve))
+    planner, compiled = Planner(RULE, budgets), compiled_search.compiled_search(prices)
+    known = [planner.known(Grid(1, 8, 8))]
+    assert same(prices, known)
+    settled = [[bool(group[6]) for group in compiled(known, eager).groups] for eager in (False, True)]
+    assert settled == [[True], [False]]
+
+
+def test_sums_that_would_reach_other_kinds_are_not_made() -> None:
+    """So many rows of the second kind together that they would look like few."""
+    prices = Prices(CostModel((5.0,), (0.0,), (4096,)), [[4096], [1 << 20]], 0, [])
+    known = [KnownGrid(Grid(1, 1, 1), {}, (1, 1 << 20)) for _ in range(2100)]
+    found = compiled_search.compiled_search(prices)(known, False)
+    assert [group[:2] for group in found.groups] == [(at, at + 1) for at in range(2100)]

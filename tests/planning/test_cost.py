@@ -86,7 +86,7 @@ def test_what_is_settled_for_a_budget_is_what_every_pack_would_find(model, items
     budgets, cost = model
     cost = replace(cost, eager_rows=(cost.rows[0], cost.rows[-1] + 1), eager_time=eager)
     quick, thorough = Planner(RULE, budgets, cost), Planner(RULE, budgets, cost)
-    thorough._settled = dict.fromkeys((True, False), [float("inf")] * len(budgets))
+    thorough._prices.settled = dict.fromkeys((True, False), [float("inf")] * len(budgets))
     for may_run_eager in (True, False):
         assert quick.plan(items, eager=may_run_eager) == thorough.plan(items, eager=may_run_eager)
 
@@ -179,6 +179,14 @@ def test_nor_do_packs_of_long_segments_that_take_less_than_their_budget(beside: 
     planner = Planner(RULE, budgets, cost)
     for items in ([Grid(1, 2, 2)], [Grid(1, 16, 16)] * 2):
         assert bound_of(planner, [*map(planner.known, items)]) <= planner.predicted(planner.plan(items))
+
+
+def test_the_bound_is_what_budgets_cost_that_hold_the_rows() -> None:
+    budgets = make_budgets(RULE, EncoderConfig(budgets=(64, 256)))
+    planner = Planner(RULE, budgets, CostModel((100.0, 250.0), (0.0, 0.0), (256, 1024)))
+    for rows, least in ((4, 100), (256, 100), (512, 200), (1024, 250), (1280, 350), (2048, 500), (4096, 1000)):
+        assert bound_of(planner, [planner.known(Grid(1, 2, rows // 2))]) == least
+    assert bound_of(planner, [planner.known(Grid(1, 2, 20480))]) == 10000, "by the rate per row"
 
 
 def bound_of(planner: Planner, known: list[KnownGrid]) -> float:

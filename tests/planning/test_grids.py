@@ -8,27 +8,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vitgraph.core import Grid, Grids, KnownGrid, Pack, Piece, Stretches
-
-rows = st.integers(0, 1 << 40)
-grids_of_some_size = st.lists(st.tuples(rows, rows, rows), min_size=1, max_size=200)
+from vitgraph.core import NOWHERE, TOLD, Grid, Grids, KnownGrid, Pack, Piece, Stretches
 
 
-def known(*size: int) -> KnownGrid:
-    return KnownGrid(Grid(1, 2, 2), {}, size, sum(size) ** 2)
+@given(st.lists(st.integers(0, 1 << 40), max_size=5), st.integers(0, 1 << 80), st.integers(0, 1 << 30))
+def test_a_row_is_what_the_compiled_search_reads(size: list[int], load: int, place: int) -> None:
+    """A double, as many rows as fit 31 bits, of an even number of kinds, and where the metadata lies."""
+    known = KnownGrid(Grid(1, 2, 2), {}, tuple(size), load)
+    told = [min(rows, TOLD) for rows in size] + [0] * (len(size) % 2)
+    layout = f"=d{len(told)}Iii"
+    assert struct.unpack(layout, known.row) == (float(load), *told, -1, 0)
+    for own in (struct.pack("=i", place), NOWHERE):
+        known.put(own)
+        assert known.place == own
+        assert struct.unpack(layout, known.row) == (float(load), *told, place if own else -1, 0)
 
 
-@given(grids_of_some_size)
-def test_size_and_load_are_sums(sizes: list[tuple[int, int, int]]) -> None:
-    grids = Grids([known(*size) for size in sizes], None)
-    assert grids.size == tuple(map(sum, zip(*sizes, strict=True)))
-    assert grids.load == sum(sum(size) ** 2 for size in sizes)
-
-
-def test_sums_that_are_given_are_not_made_again() -> None:
-    grids = Grids([known(1, 2), known(3, 4)], None, (7, 8), 9.0)
-    assert (grids.size, grids.load) == ((7, 8), 9.0)
-    assert Grids([known(1, 2)], None, ()).size == ()
+def test_some_of_a_batch_are_grids_as_well() -> None:
+    plain = [Grid(1, 2, 4), Grid(2, 6, 2), Grid(1, 2, 2)]
+    known = [KnownGrid(grid, {}) for grid in plain]
+    grids = Grids(known, "planner", [2, 0])
+    assert grids == (plain[2], plain[0]) and grids.known == [known[2], known[0]]
+    assert Grids(known, "planner", []) == () and Grids(known, "planner") == tuple(plain)
 
 
 def test_grids_are_equal_to_a_tuple_of_them() -> None:
@@ -42,8 +43,7 @@ def test_grids_are_equal_to_a_tuple_of_them() -> None:
     assert {plain: "found"}[grids] == "found"  # type: ignore[index]
 
 
-def test_no_grids_have_no_size() -> None:
-    assert Grids([], None).size == ()
+def test_no_grids_are_empty() -> None:
     assert not Grids([], None)
     with pytest.raises(IndexError):
         Grids([], None)[0]
@@ -52,7 +52,7 @@ def test_no_grids_have_no_size() -> None:
 def test_the_tokens_of_pieces_follow_each_other() -> None:
     plain = [Grid(1, 2, 4), Grid(2, 6, 2), Grid(1, 2, 4)]
     grids = Grids([KnownGrid(grid, {"token": grid.patches // 4}) for grid in plain], None)
-    pack = Pack.of_whole_items(grids, {"token": 10, "patch": 40}, 0)
+    pack = Pack.of_some(range(3), None, Stretches.of_first(40), grids, {"token": 10, "patch": 40}, 0, "")
     assert pack.spans == ((plain[0], 0, 2), (plain[1], 2, 6), (plain[2], 8, 2))
     alone = Pack((Piece(3, plain[1]),), {"token": 6}, None, "no budgets")
     assert alone.spans == ((plain[1], 0, 6),)

@@ -120,7 +120,7 @@ class Composer:
             if self._on_device:
                 staged = staged.pin_memory()
             self._parts[self._used : self._used + len(words)].copy_(staged, non_blocking=True)
-            own.place = self._used.to_bytes(WORD, sys.byteorder)
+            own.put(self._used.to_bytes(WORD, sys.byteorder))
             self._placed.append(own)
             self._used += len(words)
         return True
@@ -128,7 +128,7 @@ class Composer:
     def _drop_all(self) -> None:
         logger.debug("metadata of %d grids dropped from the device: no room for more", len(self._placed))
         for own in self._placed:
-            own.place = NOWHERE
+            own.put(NOWHERE)
         self._placed.clear()
         self._used = 0
 

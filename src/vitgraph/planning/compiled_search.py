@@ -10,7 +10,7 @@ import platform
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import cache, partial
@@ -21,10 +21,10 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from vitgraph.background import in_threads
-from vitgraph.core import KnownGrid, Stretches, sum_format
+from vitgraph.core import NOWHERE, STRETCH_BYTES, KnownGrid, sum_format
 from vitgraph.measured import cache_folder
 from vitgraph.planning.cost import LONG_ROWS
-from vitgraph.planning.search import MOST_EXHAUSTIVE, NEAR_ENOUGH, Found, Prices, Searched
+from vitgraph.planning.search import MOST_EXHAUSTIVE, NEAR_ENOUGH, Prices, Searched
 
 logger = logging.getLogger("vitgraph")
 
@@ -39,7 +39,7 @@ GUARD = np.uint32(1 << 31)
 MOST_ROWS = 1 << 30
 """Of one kind: two packs of so many stay below GUARD."""
 
-INT_BYTES, STRETCH_BYTES = 4, Stretches.ENTRY.size
+INT_BYTES = 4
 MOST_SECONDS = 60
 
 
@@ -48,16 +48,18 @@ class Tables(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("rows", "budgets", "most_exhaustive", "step_bits")),
+        *((name, ctypes.c_int32) for name in ("sets", "cover_bits", "covers", "unused")),
         ("long_rows", ctypes.c_int64),
         *((name, ctypes.c_double) for name in ("near_enough", "least_per_row", "least_slope")),
         *((name, ctypes.c_void_p) for name in ("budget", "by_step", "set_rows", "set_segments")),
-        *((name, ctypes.c_void_p) for name in ("groups", "order", "table")),
-        ("rows_of_all", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("cover", "splits", "settled")),
+        *((name, ctypes.c_void_p) for name in ("starts", "groups", "order", "places", "table")),
+        *((name, ctypes.c_int32) for name in ("stretches", "are_placed")),
     )
 
 
 class CompiledSearch:
-    """As `search.search`, in microseconds.
+    """As `Planner.find` with `search.search`, in microseconds.
 
     Args:
         library: `load_library`, for these prices.
@@ -65,35 +67,50 @@ class CompiledSearch:
     """
 
     def __init__(self, library: ctypes.PyDLL, prices: Prices) -> None:
-        self._function = library.cheapest_groups
-        set_rows, set_segments = np.asarray(_sets(prices), dtype=np.int32).reshape(-1, 2).T.copy()
+        self._function = library.find_packs
+        set_rows, set_segments = np.asarray(prices.sets, dtype=np.int32).reshape(-1, 2).T.copy()
         step_bits = _step_bits(prices.columns[prices.rows])
         self._arrays = {
             "budget": _budgets_of(prices),
             "by_step": prices.smallest[prices.rows][:: 1 << step_bits].astype(np.int32),
             "set_rows": set_rows,
             "set_segments": set_segments,
+            "cover": prices.cover,
+            "splits": np.asarray(prices.splits[:-1], dtype=np.int32),
+            "settled": np.asarray([prices.settled[eager] for eager in (False, True)], dtype=float),
         }
         self._tables = Tables(
-            rows=prices.rows, budgets=len(self._arrays["budget"]),
-            most_exhaustive=MOST_EXHAUSTIVE, step_bits=step_bits, long_rows=LONG_ROWS, near_enough=NEAR_ENOUGH,
+            rows=prices.rows, budgets=len(self._arrays["budget"]), sets=len(prices.sets), step_bits=step_bits,
+            most_exhaustive=MOST_EXHAUSTIVE, long_rows=LONG_ROWS, near_enough=NEAR_ENOUGH,
+            covers=len(prices.cover), cover_bits=prices.cover_bits,
             least_per_row=prices.least_per_row, least_slope=prices.least_slope,
             **{name: array.ctypes.data for name, array in self._arrays.items()},
         )  # fmt: skip
         self._reference = ctypes.byref(self._tables)
         self._kinds = len(prices.columns)
-        self._group = Struct(f"{sum_format(self._kinds)}3i4x")
+        self._group = Struct(f"=8i{sum_format(self._kinds)}")
         self._make_room(MOST_EXHAUSTIVE)
 
     def _make_room(self, items: int) -> None:
         self._most = items
-        rooms = [ctypes.create_string_buffer(items * nbytes) for nbytes in (self._group.size, INT_BYTES, STRETCH_BYTES)]
-        self._tables.groups, self._tables.order, self._tables.table = map(ctypes.addressof, rooms)
-        self._groups, order, self._table = (memoryview(room).cast("B") for room in rooms)
-        self._order = order.cast("i")
+        sizes = {"starts": INT_BYTES, "groups": self._group.size, "order": INT_BYTES, "places": INT_BYTES}
+        sizes["table"] = STRETCH_BYTES
+        rooms = {name: ctypes.create_string_buffer((items + 1) * nbytes) for name, nbytes in sizes.items()}
+        for name, room in rooms.items():
+            setattr(self._tables, name, ctypes.addressof(room))
+        views = {name: memoryview(room).cast("B") for name, room in rooms.items()}
+        self._groups, self._places, self._table = views["groups"], views["places"], views["table"]
+        self._order, self._starts = views["order"].cast("i"), views["starts"].cast("i")
 
-    def __call__(self, known: Sequence[KnownGrid]) -> Searched | None:
-        """The groups that `search.search` finds, each made when it is asked for.
+    def __call__(self, known: Sequence[KnownGrid], eager: bool) -> Searched | None:
+        """What `Planner.find` finds.
+
+        Args:
+            known: at least one item.
+            eager: whether packs may run eager.
+
+        Returns:
+            None where an item exceeds the largest budget, or all together MOST_PATCHES.
 
         Raises:
             MemoryError: for millions of items.
@@ -101,23 +118,19 @@ class CompiledSearch:
         count = len(known)
         if count > self._most:
             self._make_room(count)
-        found = self._function(self._reference, b"".join([own.row for own in known]), count)
+        found = self._function(self._reference, b"".join([own.row for own in known]), count, eager)
         if found <= 0:
             if found < 0:
                 raise MemoryError(f"no memory to pack {count} items in.")
             return None
         # All of it: the next call writes over what lies there.
-        groups = self._groups[: found * self._group.size].tobytes()
-        made = self._made(groups, self._order[:count].tolist(), self._table[: count * STRETCH_BYTES].tobytes())
-        return Searched(self._tables.rows_of_all, made)
-
-    def _made(self, groups: bytes, order: list[int], table: bytes) -> Iterator[Found]:
-        kinds, begin, first = self._kinds, 0, 0
-        for group in self._group.iter_unpack(groups):
-            load, end, stretch_end, smallest = group[kinds:]
-            stretches = Stretches(table[first * STRETCH_BYTES : stretch_end * STRETCH_BYTES])
-            yield order[begin:end], stretches, group[:kinds], load, smallest
-            begin, first = end, stretch_end
+        return Searched(
+            self._starts[count],
+            self._order[:count].tolist(),
+            self._places[: count * INT_BYTES].tobytes() if self._tables.are_placed else NOWHERE,
+            self._table[: self._tables.stretches * STRETCH_BYTES].tobytes(),
+            list(self._group.iter_unpack(self._groups[: found * self._group.size])),
+        )
 
 
 def _budgets_of(prices: Prices) -> np.ndarray:
@@ -255,7 +268,7 @@ def _folder_beside(kept: Path) -> TemporaryDirectory[str]:
 def _load(path: Path) -> ctypes.PyDLL:
     # PyDLL keeps the interpreter's lock: to get it back from a busy thread could take longer than the search.
     library = ctypes.PyDLL(str(path))
-    function = library.cheapest_groups
-    function.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32)
+    function = library.find_packs
+    function.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32, ctypes.c_int32)
     function.restype = ctypes.c_int32
     return library

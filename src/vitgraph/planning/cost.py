@@ -17,6 +17,9 @@ from vitgraph.planning.budgets import Budget
 FLOOR_TOKENS = 192
 """A guess: launching a graph of any size costs as much as computing this many tokens."""
 
+EAGER_MARGIN = 0.97
+"""Eager must take less than this share of the replay: it keeps the host busy and needs memory of its own."""
+
 SPLIT_MARGIN = 0.97
 SPLIT_US = 500.0
 """What fits one pack is split only for a gain beyond the noise of timings, and beyond what the search takes in Python:

@@ -7,17 +7,28 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import Protocol
 
-from vitgraph.core import MOST_PATCHES, Counts, Grid, Grids, KnownGrid, Pack, Piece, Stretches, exceeded, fits, sums_of
+from vitgraph.core import (
+    MOST_PATCHES,
+    NOWHERE,
+    PLACE_BYTES,
+    STRETCH_BYTES,
+    Counts,
+    Grid,
+    Grids,
+    KnownGrid,
+    Pack,
+    Piece,
+    Stretches,
+    exceeded,
+    fits,
+)
 from vitgraph.errors import PatchError
 from vitgraph.planning.budgets import Budget
 from vitgraph.planning.compiled_search import begin_building, compiled_search
-from vitgraph.planning.cost import CostModel, load_of
-from vitgraph.planning.search import Found, Prices, Searched, Size, search
+from vitgraph.planning.cost import EAGER_MARGIN, CostModel, are_long, load_of
+from vitgraph.planning.search import SIZE, FoundGroup, Prices, Searched, Size, search
 
 EAGER_IS_FASTER = "eager is predicted to be faster"
-EAGER_MARGIN = 0.97
-"""Eager must take less than this share of the replay: it keeps the host busy and needs memory of its own."""
-
 MOST_SIZES = 65536
 
 
@@ -59,7 +70,6 @@ class Planner:
         self._kinds = tuple(budgets[-1].capacity) if budgets else ()
         self._columns = [[budget.capacity[kind] for budget in budgets] for kind in self._kinds]
         self._rows = self._kinds.index("patch") if budgets else 0
-        self._most_rows = budgets[-1].capacity["patch"] if budgets else 0
         at = self._kinds.index
         self._sets = [(at(rows), at(segments)) for rows, segments in rule.segment_sets] if budgets else []
         self._known: dict[Grid, KnownGrid] = {}
@@ -77,14 +87,6 @@ class Planner:
         self._cost = cost
         self._prices = Prices(cost, self._columns, self._rows, self._sets)
         self._compiled_search = compiled_search(self._prices) if self._compiled else None
-        budgets = range(len(cost.rows))
-        margins = {True: EAGER_MARGIN, False: None}
-        # Whether a pack may run eager -> per budget the patch rows from which it is the one.
-        self._settled = {
-            eager: [cost.settled_from(budget, margin) for budget in budgets] for eager, margin in margins.items()
-        }
-        # One entry more than there are budgets: what fits none needs several packs.
-        self._splits = [*map(cost.splitting_helps, budgets), True]
 
     def plan(self, grids: Sequence[Grid], split: bool = True, eager: bool = True) -> list[Pack]:
         """The packs of these items.
@@ -107,44 +109,56 @@ class Planner:
     def packs(
         self, grids: Sequence[Grid], split: bool = True, eager: bool = True, rows: int | None = None
     ) -> Iterator[Pack]:
-        """As `plan`, one after another: of several, each is made when it is asked for, and the one before may run
-        meanwhile.
+        """As `plan`, each made when it is asked for: the one before may run meanwhile.
 
         Args:
             grids, split, eager: see `plan`.
             rows: patch rows that came with the grids, if somebody shall compare.
 
         Raises:
-            PatchError: before the first pack, where the grids hold another number.
+            PatchError: before the first pack, where the grids hold another number, or more than any batch has.
         """
         grids = self.batch(grids)
-        together = self.one_pack(grids, eager)
-        if together is not None:
-            check_rows(rows, together.counts["patch"])
-            return iter((together,))
-        if grids.known:
-            return self._several(grids, split, eager, rows)
-        check_rows(rows, 0)
-        return iter(())
+        known, pieces = grids.known, None
+        found = self.find(known, eager)
+        if found is None and split and self._rule.splits_by_frame:
+            pieces = [part for piece in map(Piece, range(len(grids)), grids) for part in self._cut(piece)]
+            known = [self.known(piece.grid) for piece in pieces]
+        found = found or self._some_alone(known, eager)
+        check_rows(rows, found.rows)
+        yield from self.packs_of(found, known, pieces, eager)
 
-    def one_pack(self, grids: Grids, eager: bool = True) -> Pack | None:
-        """As `plan`, where all items run in one pack; None where several may cost less, the largest budget does not
-        hold them, or nobody summed them up."""
-        if not grids.size:
-            return None
-        smallest = self._smallest(grids.size)
-        return None if self._splits[smallest] else Pack.of_whole_items(grids, *self._placed(grids, smallest, eager))
+    def packs_of(
+        self, found: Searched, known: list[KnownGrid], pieces: Sequence[Piece] | None, eager: bool
+    ) -> Iterator[Pack]:
+        """The packs that were found, each made when it is asked for.
+
+        Args:
+            found: by `find`.
+            known: per item, or per piece.
+            pieces: that the items were cut into; None where none was.
+            eager: see `plan`.
+        """
+        for group in found.groups:
+            begin, end, first, last, _, smallest, settled, long, load = group[:SIZE]
+            chosen, table = found.order[begin:end], found.table[first * STRETCH_BYTES : last * STRETCH_BYTES]
+            counts = self.counts_of(group) if self._budgets else known[chosen[0]].counts  # then each item is alone
+            where = (smallest, "") if settled else self.placed(counts, load, long, smallest, eager)
+            yield Pack.of_some(chosen, pieces, Stretches(table), Grids(known, self, chosen), counts, *where)
+
+    def counts_of(self, group: FoundGroup) -> Counts:
+        """Rows of each kind that a group fills."""
+        return dict(zip(self._kinds, group[SIZE:], strict=True))
 
     def batch(self, grids: Sequence[Grid]) -> Grids:
         """The grids with what this planner knows of them; they themselves where they have it already."""
         if isinstance(grids, Grids) and grids.owner is self:
             return grids
-        return Grids([self.known(grid) for grid in grids], self)
+        return self.batch_of([self.known(grid) for grid in grids])
 
-    def batch_of(self, known: list[KnownGrid], rows: int) -> Grids:
-        """As `batch`, of grids that were looked up. Where the largest budget does not hold so many patch rows, nothing
-        is summed up: packs have sums of their own."""
-        return Grids(known, self) if rows <= self._most_rows else Grids(known, self, ())
+    def batch_of(self, known: list[KnownGrid]) -> Grids:
+        """As `batch`, of grids that were looked up."""
+        return Grids(known, self)
 
     def known(self, grid: Grid) -> KnownGrid:
         """What is known of an item of this grid.
@@ -156,7 +170,7 @@ class Planner:
         if known is None:
             if grid.patches > MOST_PATCHES:
                 raise PatchError(
-                    f"grid {grid.t}x{grid.h}x{grid.w} has {grid.patches} patches: no image or clip has more than "
+                    f"grid {grid.t}x{grid.h}x{grid.w} has {grid.patches} patches: no image or clip may have more than "
                     f"{MOST_PATCHES}. Check the order and the unit of (t, h, w): they count patches."
                 )
             counts = self._rule.counts(grid)
@@ -183,55 +197,67 @@ class Planner:
             return self._cost.eager(pack.counts["patch"], load, long)
         return self._cost.replay(pack.budget, load, long)
 
-    def _several(self, grids: Grids, split: bool, eager: bool, came: int | None) -> Iterator[Pack]:
-        """Packs of items that need not, or cannot, run in one; `came`: the `rows` of `packs`."""
-        known, pieces = grids.known, None
-        found = self._search(known) if self._budgets else None
-        if found is None and split and self._rule.splits_by_frame:
-            pieces = [part for piece in map(Piece, range(len(grids)), grids) for part in self._cut(piece)]
-            known = [self.known(piece.grid) for piece in pieces]
-        rows, groups = found or self._some_alone(known)
-        check_rows(came, rows)
-        for group, stretches, size, load, smallest in groups:
-            together = Grids([known[at] for at in group], self, size, load)
-            is_held = smallest < len(self._budgets)
-            where = self._placed(together, smallest, eager) if is_held else self._nowhere(together.known[0])
-            yield Pack.of_some(group, pieces, stretches, together, *where)
-
-    def _search(self, known: Sequence[KnownGrid]) -> Searched | None:
-        """The cheapest groups, in the order in which their first items came; see `search.search`."""
-        if self._compiled_search is not None:
-            return self._compiled_search(known)
-        groups = search(self._prices, known)
-        if groups is None:
-            return None
-        self.searched_in_python += 1
-        return self._found(groups, known)
-
-    def _some_alone(self, known: Sequence[KnownGrid]) -> Searched:
-        """As `_search`, where what no budget holds is alone."""
-        fitting = [at for at, own in enumerate(known) if own.fits]
-        groups = [[at] for at, own in enumerate(known) if not own.fits]
-        if fitting and (found := self._search([known[at] for at in fitting])):
-            groups += [[fitting[i] for i in group] for group, *_ in found.groups]
-        return self._found(groups, known)
-
-    def _found(self, groups: Iterable[Iterable[int]], known: Sequence[KnownGrid]) -> Searched:
-        """Groups with all that is said of them, in the order in which their first items came.
+    def find(self, known: Sequence[KnownGrid], eager: bool) -> Searched | None:
+        """What runs together: all items where several packs cannot cost less, else the cheapest groups.
 
         Args:
-            groups: of items, by index, in any order.
             known: per item.
+            eager: whether packs may run eager.
+
+        Returns:
+            None without items, and where one exceeds the largest budget, or all together what any batch has.
+        """
+        if not known or not self._budgets:
+            return None
+        if self._compiled_search is not None:
+            return self._compiled_search(known, eager)
+        if not all(own.fits for own in known) or sum(own.patches for own in known) > MOST_PATCHES:
+            return None
+        if not self._prices.splits[self._smallest(_sum(known))]:
+            return self._found([range(len(known))], known, eager)
+        self.searched_in_python += 1
+        return self._found(search(self._prices, known), known, eager)
+
+    def _some_alone(self, known: Sequence[KnownGrid], eager: bool) -> Searched:
+        """As `find`, where what no budget holds is alone."""
+        fitting = [at for at, own in enumerate(known) if own.fits]
+        groups = [[at] for at, own in enumerate(known) if not own.fits]
+        if fitting and (found := self.find([known[at] for at in fitting], eager)):
+            groups += [[fitting[at] for at in found.order[begin:end]] for begin, end, *_ in found.groups]
+        return self._found(groups, known, eager)
+
+    def _found(self, chosen: Iterable[Iterable[int]], known: Sequence[KnownGrid], eager: bool) -> Searched:
+        """Groups with all that is said of them.
+
+        Args:
+            chosen: their items by index, in any order.
+            known, eager: see `find`.
+
+        Raises:
+            PatchError: for more patches than any batch has.
         """
         starts = [0, *accumulate(own.patches for own in known)]
-        return Searched(starts[-1], self._described(groups, known, starts))
-
-    def _described(
-        self, groups: Iterable[Iterable[int]], known: Sequence[KnownGrid], starts: Sequence[int]
-    ) -> Iterator[Found]:
-        for group in sorted(map(sorted, groups)):
-            size, load = sums_of(sum(known[at].digits for at in group), len(self._kinds))
-            yield group, Stretches.of_items(group, starts), size, load, self._smallest(size)
+        if starts[-1] > MOST_PATCHES:
+            raise PatchError(
+                f"{len(known)} items have {starts[-1]} patches: no batch may have more than {MOST_PATCHES}. Plan fewer "
+                "items at a time."
+            )
+        order: list[int] = []
+        table, groups = b"", []
+        for group in sorted(map(sorted, chosen)):
+            begin, first = len(order), len(table) // STRETCH_BYTES
+            order += group
+            table += Stretches.of_items(group, starts).table
+            own = [known[at] for at in group]
+            size, load, patches = _sum(own), sum(one.load for one in own), sum(one.patches for one in own)
+            smallest = self._smallest(size)
+            settled = smallest < len(self._budgets) and patches >= self._prices.settled[eager][smallest]
+            long = bool(are_long(*((size[rows], size[segments]) for rows, segments in self._sets)))
+            ends = begin, len(order), first, len(table) // STRETCH_BYTES
+            groups.append((*ends, patches, smallest, settled, long, load, *size))
+        places = b"".join([known[at].place for at in order])
+        all_placed = len(places) == PLACE_BYTES * len(order)
+        return Searched(starts[-1], order, places if all_placed else NOWHERE, table, groups)
 
     def _smallest(self, size: Size) -> int:
         """Index of the smallest budget that holds this many rows; budgets grow in every kind."""
@@ -243,28 +269,24 @@ class Planner:
                     break
         return found
 
-    def _placed(self, grids: Grids, smallest: int, eager: bool) -> tuple[Counts, int | None, str]:
-        """Where a pack runs: its counts, its budget, and the reason why it runs in none.
+    def placed(self, counts: Counts, load: float, long: bool, smallest: int, eager: bool) -> tuple[int | None, str]:
+        """The budget of a pack, and the reason why it runs in none.
 
         Args:
-            grids: of the pack.
-            smallest: the smallest budget that holds them.
+            counts: of the pack.
+            load: of the pack.
+            long: whether it is of one or of long segments.
+            smallest: the smallest budget that holds it, one more than there are where none does.
             eager: whether it may run in none.
         """
-        counts = dict(zip(self._kinds, grids.size, strict=True))
-        if grids.size[self._rows] >= self._settled[eager][smallest]:
-            return counts, smallest, ""
-        load, long = grids.load, self._rule.is_long(counts)
+        if not self._budgets:
+            return None, "no budgets"
+        if smallest == len(self._budgets):
+            return None, f"larger than the largest budget in {exceeded(counts, self._budgets[-1].capacity)}"
         index, replay = self._cost.cheapest(smallest, load, long)
         if eager and self._cost.eager(counts["patch"], load, long) < EAGER_MARGIN * replay:
-            return counts, None, EAGER_IS_FASTER
-        return counts, index, ""
-
-    def _nowhere(self, own: KnownGrid) -> tuple[Counts, None, str]:
-        """As `_placed`, for an item that no budget holds."""
-        if not self._budgets:
-            return own.counts, None, "no budgets"
-        return own.counts, None, f"larger than the largest budget in {exceeded(own.counts, self._budgets[-1].capacity)}"
+            return None, EAGER_IS_FASTER
+        return index, ""
 
     def _cut(self, piece: Piece) -> list[Piece]:
         """The item whole if it fits or not even one frame does, else in runs of as many frames as the largest budget
@@ -277,6 +299,11 @@ class Planner:
             frames -= 1
         starts = range(0, grid.t, frames)
         return [Piece(item, Grid(min(frames, grid.t - first), grid.h, grid.w), first) for first in starts]
+
+
+def _sum(known: Iterable[KnownGrid]) -> Size:
+    """Size of items together."""
+    return tuple(map(sum, zip(*(own.size for own in known), strict=True)))
 
 
 def check_rows(came: int | None, held: int) -> None:

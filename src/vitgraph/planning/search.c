@@ -1,4 +1,5 @@
-/* The search of search.py, compiled: the same groups, in microseconds. compiled_search.py builds and calls it. */
+/* The search of search.py, compiled: the same groups, in microseconds, and all that a replay needs to know of each.
+ * compiled_search.py builds and calls it. */
 
 #include <math.h>
 #include <stdint.h>
@@ -6,8 +7,11 @@
 #include <string.h>
 
 /* KINDS of rows that a size has are given to the compiler: an even number; of the last one it may have 0 rows. So is
- * the number of segment SETS. */
+ * the number of segment SETS that prices depend on: all or none. */
 #define WORDS (KINDS / 2)
+
+/* A cost within this share of another one may be the same, summed up otherwise. */
+#define ROUNDING 1e-9
 
 /* The highest bit of the rows of each kind: set in a capacity, all outlast the subtraction of a size that it holds, and
  * of no other one. Rows are below 2^30. */
@@ -19,11 +23,17 @@ typedef union {
     uint64_t words[WORDS];
 } Size;
 
-/* An item, or the sum of several, as core.sum_format says it. Python's bytes begin at a multiple of eight. */
+/* Of an item, or of several. */
 typedef struct {
-    Size size;
     double load;
+    Size size;
 } Sum;
+
+/* As the `row` of a core.KnownGrid. Python's bytes begin at a multiple of eight. */
+typedef struct {
+    Sum sum;
+    int32_t place, unused; /* where its metadata lies on the device; negative: nowhere */
+} Item;
 
 /* As compiled_search fills it: what packs cost that fit no smaller one. They may run in a larger one that is faster. */
 typedef struct {
@@ -32,30 +42,39 @@ typedef struct {
     double slope[2], beside[2]; /* the second for packs of one or of long segments */
 } Budget;
 
-/* A group that was found, as CompiledSearch reads it. */
+/* As search.FoundGroup. */
 typedef struct {
+    int32_t begin, end, stretch_begin, stretch_end, patches, smallest, is_settled, is_long;
     Sum sum;
-    int32_t end, stretch_end; /* where its items end in `order`, and its stretches in `table` */
-    int32_t smallest;         /* the smallest budget that holds it */
 } Group;
 
 /* As compiled_search.Tables. */
 typedef struct {
-    int32_t rows, budgets, most_exhaustive, step_bits;
+    int32_t rows, budgets, most_exhaustive, step_bits, sets, cover_bits, covers, unused;
     int64_t long_rows;
     double near_enough, least_per_row, least_slope;
     const Budget *budget;                   /* ascending */
     const int32_t *by_step;                 /* the smallest for 0 steps of 1 << step_bits patch rows, for 1, for 2, ...:
                                              * the patch rows of every budget are whole steps */
-    const int32_t *set_rows, *set_segments; /* [SETS] */
-    Group *groups; /* what is found, see `cheapest_groups` */
-    int32_t *order, *table;
-    int64_t rows_of_all;
+    const int32_t *set_rows, *set_segments; /* [sets] */
+    const double *cover;   /* [covers], see `Prices` */
+    const int32_t *splits; /* by the smallest budget that holds all items: whether several packs may cost less */
+    const double *settled; /* [2, budgets], see `Prices`; the second where packs may run eager */
+    int32_t *starts;       /* the first patch row of every item among those of all, and the end of the last */
+    Group *groups;         /* what is found, see search.Searched */
+    int32_t *order, *places, *table;
+    int32_t stretches, are_placed;
 } Tables;
 
 typedef struct {
     int32_t rows, place;
 } Key;
+
+/* Of items: patch rows and load. */
+typedef struct {
+    int64_t rows;
+    double load;
+} Total;
 
 static inline void add(Sum *sum, const Sum *item) {
     for (int w = 0; w < WORDS; w++) sum->size.words[w] += item->size.words[w];
@@ -85,14 +104,20 @@ static inline const Budget *smallest(const Tables *t, const Size *size) {
     return budget;
 }
 
+/* Whether it is one segment, or long ones on average, in every one of so many sets. */
+static inline int is_long(const Tables *t, const Size *size, int sets) {
+    int all = 1;
+    for (int s = 0; s < sets; s++) {
+        const int64_t rows = size->rows[t->set_rows[s]], segments = size->rows[t->set_segments[s]];
+        all &= (segments == 1) | ((segments > 0) & (rows >= t->long_rows * segments));
+    }
+    return all;
+}
+
 static inline double price(const Tables *t, const Size *size, double load) {
     const Budget *budget = smallest(t, size);
-    int is_long = 1;
-    for (int s = 0; s < SETS; s++) {
-        const int64_t rows = size->rows[t->set_rows[s]], segments = size->rows[t->set_segments[s]];
-        is_long &= (segments == 1) | ((segments > 0) & (rows >= t->long_rows * segments));
-    }
-    return budget->fixed + (budget->slope[is_long] * load + budget->beside[is_long]);
+    const int kind = is_long(t, size, SETS);
+    return budget->fixed + (budget->slope[kind] * load + budget->beside[kind]);
 }
 
 /* Whether less room is left here than there; the first kind decides first. */
@@ -125,7 +150,7 @@ static int32_t best_fit(const Tables *t, const Sum *items, int32_t count, int32_
 
 static int32_t greedy(const Tables *t, const Sum *items, int32_t count, int32_t *group) {
     int32_t groups = 0;
-    Sum sum = {{{0}}, 0.0};
+    Sum sum = {0.0, {{0}}};
     for (int32_t i = count - 1; i >= 0; i--) {
         add(&sum, &items[i]);
         if (!groups || !holds(largest(t), &sum.size)) {
@@ -137,33 +162,58 @@ static int32_t greedy(const Tables *t, const Sum *items, int32_t count, int32_t 
     return groups;
 }
 
-/* Dynamic programming over the ends of runs.
+/* See `Prices.bound`. */
+static double bound(const Tables *t, int64_t rows, double load) {
+    if (!rows) return 0.0;
+    const int64_t steps = (rows - 1) >> t->cover_bits, last = t->covers - 1;
+    return fmax(t->cover[steps < last ? steps : last], rows * t->least_per_row) + load * t->least_slope;
+}
+
+/* Dynamic programming over the ends of runs. Runs begin only where the rest may lead below the cost of the groups that
+ * were found before.
  *
- * before: for the sums of the items before each one, and of all; [count + 1]. What carries there from kind to kind is
- * gone from their differences.
+ * all: the sum of the items, as far as `bound` asks for it.
+ * most: that cost.
+ * first: for the items that runs may begin with; [count + 1], as all that follow.
+ * before, least: for the sums of the items before these, and what they cost at least. What carries in a sum from kind
+ * to kind is gone from differences.
+ * begin: for where the last run before each of them begins.
+ *
+ * Returns 0 where nothing costs less.
  */
 static int32_t best_runs(
-    const Tables *t, const Sum *items, int32_t count, int32_t *group, Sum *before, double *least, double *costs,
-    int32_t *begin
+    const Tables *t, const Sum *items, int32_t count, int32_t *group, Total all, double most, Sum *before,
+    double *least, double *costs, int32_t *first, int32_t *begin
 ) {
-    int32_t lowest = 0; /* that a run may begin with: the largest budget holds no longer one */
-    memset(before, 0, sizeof(Sum));
+    int32_t lowest = 0, open = 1; /* the largest budget holds no run that begins below; how many there are */
+    Sum sum = {0.0, {{0}}};
+    before[0] = sum;
     least[0] = 0.0;
+    first[0] = 0;
+    most += ROUNDING * fabs(most);
     for (int32_t end = 1; end <= count; end++) {
-        before[end] = before[end - 1];
-        add(&before[end], &items[end - 1]);
-        Size run = difference(&before[end].size, &before[lowest].size);
-        while (!holds(largest(t), &run)) run = difference(&before[end].size, &before[++lowest].size);
-        double best = INFINITY;
-        for (int32_t first = lowest; first < end; first++) {
-            run = difference(&before[end].size, &before[first].size);
-            costs[first] = least[first] + price(t, &run, before[end].load - before[first].load);
-            best = costs[first] < best ? costs[first] : best;
+        add(&sum, &items[end - 1]);
+        all.rows -= items[end - 1].size.rows[t->rows];
+        all.load -= items[end - 1].load;
+        for (; lowest < open; lowest++) {
+            const Size run = difference(&sum.size, &before[lowest].size);
+            if (holds(largest(t), &run)) break;
         }
-        least[end] = best;
-        begin[end] = lowest; /* of equal ones the longest run */
-        while (costs[begin[end]] > best) begin[end]++;
+        double best = INFINITY;
+        for (int32_t k = lowest; k < open; k++) {
+            const Size run = difference(&sum.size, &before[k].size);
+            costs[k] = least[k] + price(t, &run, sum.load - before[k].load);
+            best = costs[k] < best ? costs[k] : best;
+        }
+        if (best + bound(t, all.rows, all.load) > most) continue; /* also where no run fits */
+        int32_t longest = lowest; /* of runs of equal cost */
+        while (costs[longest] > best) longest++;
+        begin[end] = first[longest];
+        before[open] = sum;
+        least[open] = best;
+        first[open++] = end;
     }
+    if (first[open - 1] != count) return 0;
     int32_t groups = 0;
     for (int32_t end = count; end > 0; end = begin[end], groups++)
         for (int32_t i = begin[end]; i < end; i++) group[i] = groups;
@@ -178,15 +228,6 @@ static double total(
     double cost = 0.0;
     for (int32_t g = 0; g < groups; g++) cost += price(t, &sums[g].size, sums[g].load);
     return cost;
-}
-
-static double bound(const Tables *t, const Sum *items, int32_t count) {
-    double rows = 0.0, load = 0.0;
-    for (int32_t i = 0; i < count; i++) {
-        rows += items[i].size.rows[t->rows];
-        load += items[i].load;
-    }
-    return rows * t->least_per_row + load * t->least_slope;
 }
 
 static int by_rows_then_place(const void *a, const void *b) {
@@ -218,24 +259,22 @@ static void keep_cheaper(double cost, const int32_t *group, int32_t count, doubl
 }
 
 /*
- * Sorts items, see `sort`.
+ * Sums up items.
  *
- * given: in the caller's order.
- * items: receives them sorted.
- * starts: receives the first patch row of every item among those of all, and the end of the last.
+ * sum: receives that of all of them, or of so many that the largest budget does not hold them together.
  *
- * Returns 0 where an item exceeds the largest budget.
+ * Returns 0 where an item exceeds the largest budget, or the patch rows of all an int32.
  */
-static int read(const Tables *t, const Sum *given, int32_t count, Key *keys, Sum *items, int32_t *starts) {
-    starts[0] = 0;
+static int read(const Tables *t, const Item *given, int32_t count, Sum *sum) {
+    memset(sum, 0, sizeof(Sum));
+    t->starts[0] = 0;
     for (int32_t i = 0; i < count; i++) {
-        if (!holds(largest(t), &given[i].size)) return 0;
-        keys[i].rows = (int32_t)given[i].size.rows[t->rows];
-        keys[i].place = i;
-        starts[i + 1] = starts[i] + keys[i].rows;
+        if (!holds(largest(t), &given[i].sum.size)) return 0;
+        if (holds(largest(t), &sum->size)) add(sum, &given[i].sum);
+        const int32_t rows = (int32_t)given[i].sum.size.rows[t->rows];
+        if (rows > INT32_MAX - t->starts[i]) return 0;
+        t->starts[i + 1] = t->starts[i] + rows;
     }
-    sort(keys, count, t->most_exhaustive);
-    for (int32_t i = 0; i < count; i++) items[i] = given[keys[i].place];
     return 1;
 }
 
@@ -243,7 +282,7 @@ static int read(const Tables *t, const Sum *given, int32_t count, Key *keys, Sum
  * Groups of items, ordered as their first items come.
  *
  * group: per sorted item a number below count.
- * groups: receives where each one ends in `order`; [count].
+ * groups: receives where each one begins and ends in `order`; [count].
  * order: receives the items of the first group, ascending, then those of the second, ...; [count].
  * number: receives which one comes of each number in `group`; [count].
  * scratch: [2, count].
@@ -265,82 +304,119 @@ static int32_t arrange(
         groups[number[of_item[i]]].end++;
     }
     for (int32_t g = 0; g < found; g++) {
-        next[g] = end;
+        next[g] = groups[g].begin = end;
         groups[g].end = end += groups[g].end;
     }
     for (int32_t i = 0; i < count; i++) order[next[number[of_item[i]]]++] = i;
     return found;
 }
 
-/* What the items of each group sum up to, and the smallest budget that holds them. For the arguments see `arrange`. */
+/* What the items of each group sum up to. For the arguments see `arrange`. */
 static void sum_up(
-    const Tables *t, const Sum *items, const int32_t *group, int32_t count, Group *groups, const int32_t *number,
-    int32_t found
+    const Sum *items, const int32_t *group, int32_t count, Group *groups, const int32_t *number, int32_t found
 ) {
     for (int32_t g = 0; g < found; g++) memset(&groups[g].sum, 0, sizeof(Sum));
     for (int32_t i = 0; i < count; i++) add(&groups[number[group[i]]].sum, &items[i]);
-    for (int32_t g = 0; g < found; g++)
-        groups[g].smallest = (int32_t)(smallest(t, &groups[g].sum.size) - t->budget);
 }
 
-/*
- * Where the pixel rows of groups lie, as core.Stretches says it.
- *
- * starts: see `read`.
- * order: see `arrange`.
- * groups: receive where the stretches of each end in `table`.
- * table: receives the stretches of all groups; [count, 2].
- */
-static void locate(const int32_t *starts, const int32_t *order, Group *groups, int32_t found, int32_t *table) {
-    int32_t stretches = 0;
-    for (int32_t g = 0, i = 0; g < found; g++) {
-        int32_t row = 0, end = -1; /* of the group, of the batch */
-        for (; i < groups[g].end; i++) {
-            const int32_t first = starts[order[i]];
-            if (first != end) table[2 * stretches++ + 1] = first;
-            end = starts[order[i] + 1];
-            row += end - first;
-            table[2 * stretches - 2] = row;
-        }
-        groups[g].stretch_end = stretches;
-    }
-}
-
-/*
- * The cheapest groups of items.
- *
- * given: see `read`.
- *
- * Of the tables, groups, order and table receive what `arrange`, `sum_up` and `locate` say, and rows_of_all the patch
- * rows of all items.
- *
- * Returns how many groups there are, 0 where an item exceeds the largest budget, -1 where memory is short.
- */
-int32_t cheapest_groups(Tables *t, const Sum *given, int32_t count) {
+/* The cheapest groups of items, into `groups` and `order`. Returns how many there are, -1 where memory is short. */
+static int32_t cheapest_groups(const Tables *t, const Item *given, int32_t count) {
     const size_t n = (size_t)count + 1;
-    char *memory = malloc(n * (2 * sizeof(Sum) + sizeof(Key) + 2 * sizeof(double) + 6 * sizeof(int32_t)));
+    char *memory = malloc(n * (2 * sizeof(Sum) + sizeof(Key) + 2 * sizeof(double) + 5 * sizeof(int32_t)));
+    Total all = {0, 0.0};
     if (memory == NULL) return -1;
     Sum *items = (Sum *)memory, *sums = items + n;
     double *least = (double *)(sums + n), *costs = least + n;
     Key *keys = (Key *)(costs + n);
-    int32_t *starts = (int32_t *)(keys + n), *group = starts + n, *best = group + n, *number = best + n;
-    int32_t *scratch = number + n;
+    int32_t *group = (int32_t *)(keys + n), *best = group + n, *number = best + n, *scratch = number + n;
 
-    int32_t found = 0;
-    if (read(t, given, count, keys, items, starts)) {
-        found = best_fit(t, items, count, best, (Size *)sums);
-        double cost = total(t, items, count, best, found, sums);
-        found = greedy(t, items, count, group);
-        keep_cheaper(total(t, items, count, group, found, sums), group, count, &cost, best);
-        if (count <= t->most_exhaustive && cost > t->near_enough * bound(t, items, count)) {
-            found = best_runs(t, items, count, group, sums, least, costs, scratch);
-            keep_cheaper(total(t, items, count, group, found, sums), group, count, &cost, best);
-        }
-        found = arrange(best, keys, count, t->groups, t->order, number, scratch);
-        sum_up(t, items, best, count, t->groups, number, found);
-        locate(starts, t->order, t->groups, found, t->table);
-        t->rows_of_all = starts[count];
+    for (int32_t i = 0; i < count; i++) {
+        keys[i].rows = (int32_t)given[i].sum.size.rows[t->rows];
+        keys[i].place = i;
     }
+    sort(keys, count, t->most_exhaustive);
+    for (int32_t i = 0; i < count; i++) {
+        items[i] = given[keys[i].place].sum;
+        all.rows += keys[i].rows;
+        all.load += items[i].load;
+    }
+
+    int32_t found = best_fit(t, items, count, best, (Size *)sums);
+    double cost = total(t, items, count, best, found, sums);
+    found = greedy(t, items, count, group);
+    keep_cheaper(total(t, items, count, group, found, sums), group, count, &cost, best);
+    if (count <= t->most_exhaustive && cost > t->near_enough * bound(t, all.rows, all.load)) {
+        found = best_runs(t, items, count, group, all, cost, sums, least, costs, scratch, scratch + n);
+        if (found) keep_cheaper(total(t, items, count, group, found, sums), group, count, &cost, best);
+    }
+    found = arrange(best, keys, count, t->groups, t->order, number, scratch);
+    sum_up(items, best, count, t->groups, number, found);
     free(memory);
+    return found;
+}
+
+/* All items in one group, into `groups` and `order`. */
+static int32_t one_group(const Tables *t, const Sum *sum, int32_t count) {
+    t->groups[0].sum = *sum;
+    t->groups[0].begin = 0;
+    t->groups[0].end = count;
+    for (int32_t i = 0; i < count; i++) t->order[i] = i;
+    return 1;
+}
+
+/* Where each group runs. */
+static void settle(const Tables *t, int32_t found, int32_t may_run_eager) {
+    for (int32_t g = 0; g < found; g++) {
+        Group *group = &t->groups[g];
+        group->smallest = (int32_t)(smallest(t, &group->sum.size) - t->budget);
+        group->patches = (int32_t)group->sum.size.rows[t->rows];
+        group->is_settled = group->patches >= t->settled[may_run_eager * t->budgets + group->smallest];
+        group->is_long = is_long(t, &group->sum.size, t->sets);
+    }
+}
+
+/* Where the pixel rows of each group lie, as core.Stretches says it, into `table`. */
+static void locate(Tables *t, int32_t found) {
+    int32_t stretches = 0;
+    for (int32_t g = 0; g < found; g++) {
+        int32_t row = 0, end = -1; /* of the group, of the batch */
+        t->groups[g].stretch_begin = stretches;
+        for (int32_t i = t->groups[g].begin; i < t->groups[g].end; i++) {
+            const int32_t first = t->starts[t->order[i]];
+            if (first != end) t->table[2 * stretches++ + 1] = first;
+            end = t->starts[t->order[i] + 1];
+            row += end - first;
+            t->table[2 * stretches - 2] = row;
+        }
+        t->groups[g].stretch_end = stretches;
+    }
+    t->stretches = stretches;
+}
+
+/* Where the metadata of each group's items lies, into `places`. Returns whether that of all lies on the device. */
+static int32_t place(const Tables *t, const Item *given, int32_t count) {
+    int32_t signs = 0;
+    for (int32_t i = 0; i < count; i++) signs |= t->places[i] = given[t->order[i]].place;
+    return signs >= 0;
+}
+
+/*
+ * The packs in which items run: one where several cannot cost less, else those of the cheapest groups.
+ *
+ * given: in the caller's order, at least one.
+ *
+ * Of the tables, groups, order, places and table receive one pack after another; see above.
+ *
+ * Returns how many there are, 0 where `read` does, -1 where memory is short.
+ */
+int32_t find_packs(Tables *t, const Item *given, int32_t count, int32_t may_run_eager) {
+    Sum sum;
+    if (!read(t, given, count, &sum)) return 0;
+    const int fit_one = holds(largest(t), &sum.size) && !t->splits[smallest(t, &sum.size) - t->budget];
+    const int32_t found = fit_one ? one_group(t, &sum, count) : cheapest_groups(t, given, count);
+    if (found < 0) return found;
+    settle(t, found, may_run_eager);
+    locate(t, found);
+    t->are_placed = place(t, given, count);
     return found;
 }

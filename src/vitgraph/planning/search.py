@@ -1,20 +1,20 @@
 """The search for the cheapest way to run items in several packs.
 
-search.c is the same search, line by line, for where a millisecond counts.
+search.c finds the same, for where a millisecond counts: it also leaves out what cannot lead below what is found.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import reduce
 from itertools import accumulate, chain
 from struct import Struct
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from vitgraph.core import KnownGrid, Stretches
-from vitgraph.planning.cost import CostModel, are_long
+from vitgraph.core import KnownGrid
+from vitgraph.planning.cost import EAGER_MARGIN, CostModel, are_long
 
 Size = tuple[int, ...]
 """Rows of each kind, in one fixed order of kinds."""
@@ -22,23 +22,35 @@ Size = tuple[int, ...]
 Group = list[int]
 """Items that run together, by index."""
 
-Found = tuple[Group, Stretches, Size, float, int]
-"""A group, ascending; where its pixel rows lie among those of all items; its size and its load; and the smallest budget
-that holds it, one more than there are where none does."""
+
+FoundGroup = tuple[Any, ...]
+"""Of a group: where its items begin and end in `order`, and its stretches in `table`; its patch rows; the smallest
+budget that holds it, one more than there are where none does; whether it is settled that it runs there, see `Prices`;
+whether it is one segment or long ones; its load, and from number SIZE on its rows of each kind."""
+
+SIZE = 9
 
 
 class Searched(NamedTuple):
-    """What is found for a batch.
+    """Groups of items that run together, in the order in which their first items came.
 
     Attributes:
-        rows: patch rows of all its items.
-        groups: each may be made when it is asked for.
+        rows: patch rows of all items.
+        order: the items of the first group, ascending, then those of the second, and so on.
+        places: in this order where the items' metadata lies on the device, as requests hold it; NOWHERE unless that of
+            all lies there.
+        table: of the `Stretches` of the first group, then of the second, and so on.
+        groups: what is known of each.
     """
 
     rows: int
-    groups: Iterable[Found]
+    order: list[int]
+    places: bytes
+    table: bytes
+    groups: list[FoundGroup]
 
 
+COVERED, COVERS = 2, 512
 MOST_EXHAUSTIVE = 256
 NEAR_ENOUGH = 1.01
 
@@ -61,7 +73,12 @@ class Prices:
         fixed, slope, long_slope, long_fixed: as `CostModel`, one entry more than there are budgets: what fits none
             costs infinity.
         tells_long: whether packs of one or of long segments cost anything else than others.
+        splits: by the smallest budget that holds all items, whether several packs may cost less.
+        settled: by whether packs may run eager, per budget the patch rows from which a pack runs in it for certain that
+            no smaller one holds.
         least_per_row, least_slope: no pack takes less per patch row, and less per unit of load.
+        cover: no packs that together hold more than k << cover_bits patch rows take less than its number k, but for
+            their load.
     """
 
     def __init__(
@@ -83,6 +100,11 @@ class Prices:
         # A pack of few rows in a budget of negative cost would cost less than any rate says.
         self.least_per_row = float(per_row.min(initial=np.inf)) if (least >= 0).all() else -np.inf
         self.least_slope = float(np.minimum(self.slope, self.long_slope)[:-1].min(initial=np.inf))
+        budgets = range(len(cost.rows))
+        self.cover_bits, self.cover = _cover(least[:-1], cost.rows)
+        self.splits = [*map(cost.splitting_helps, budgets), True]  # what fits none needs several packs
+        margins = {True: EAGER_MARGIN, False: None}
+        self.settled = {eager: [cost.settled_from(at, margin) for at in budgets] for eager, margin in margins.items()}
 
     def of(self, sizes: np.ndarray, loads: np.ndarray) -> np.ndarray:
         """Times of packs of these sizes `[..., kinds]` and loads `[...]`."""
@@ -94,21 +116,36 @@ class Prices:
 
     def bound(self, sizes: np.ndarray, loads: np.ndarray) -> float:
         """No packing of these items can cost less."""
-        return float(sizes[:, self.rows].sum() * self.least_per_row + loads.sum() * self.least_slope)
+        rows = int(sizes[:, self.rows].sum())
+        held = self.cover[min((rows - 1) >> self.cover_bits, len(self.cover) - 1)]
+        return float(max(held, rows * self.least_per_row) + loads.sum() * self.least_slope)
 
 
-def search(prices: Prices, known: Sequence[KnownGrid]) -> list[Group] | None:
+def _cover(least: np.ndarray, rows: Sequence[int]) -> tuple[int, np.ndarray]:
+    """`cover_bits` and `cover` of `Prices`, for up to COVERED times what the largest budget holds.
+
+    Args:
+        least: per budget, what no pack in it costs less than.
+        rows: per budget.
+    """
+    if not len(rows) or (least < 0).any():
+        return 0, np.full(1, -np.inf)
+    most = COVERED * rows[-1]
+    bits = (most // COVERS).bit_length()
+    cover = np.zeros((most >> bits) + 1)
+    for steps in range(len(cover)):
+        rest = (steps << bits) - np.asarray(rows)  # less one row
+        cover[steps] = (least + np.where(rest < 0, 0.0, cover[rest >> bits])).min()
+    return bits, cover
+
+
+def search(prices: Prices, known: Sequence[KnownGrid]) -> list[Group]:
     """Groups of items with the least predicted time among those of `cheapest_groups`.
 
     Args:
         prices: of packs.
-        known: at least one item.
-
-    Returns:
-        None where an item exceeds the largest budget.
+        known: items that the largest budget holds.
     """
-    if not all(own.fits for own in known):
-        return None
     order = sorted(range(len(known)), key=lambda at: -known[at].size[prices.rows])
     found = cheapest_groups(prices, [known[at].size for at in order], [known[at].load for at in order])
     return [[order[i] for i in group] for group in found]
