@@ -238,12 +238,17 @@ class VisionEncoder:
         again = self.engine.embed_again(key, pixel_values) if mode == "auto" else None
         if again is not None:
             return again
-        known, rows = self._known_of(grid_thw, key), self._rows_of(pixel_values)
+        known = self._known_of(grid_thw, key)
+        key = key if isinstance(key, bytes) else None
+        new = self.engine.embed_new(key, known, pixel_values) if mode == "auto" else None
+        if new is not None:
+            return new
+        rows = self._rows_of(pixel_values)
         count = rows.shape[0]
         if not known and not count:
             return []
         grids = self.engine.planner.batch_of(known)  # what an earlier planner of the same engine knew is as good
-        return self.engine.embed(rows, grids, mode, key if isinstance(key, bytes) else None)
+        return self.engine.embed(rows, grids, mode, key)
 
     def release(self) -> None:
         """Frees graphs and static buffers. The encoder cannot encode afterwards."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -14,6 +15,8 @@ import torch
 from families import clip_grids, image_grids, longest_clip
 from vitgraph import EncoderConfig, VisionEncoder
 from vitgraph.core import Grid
+from vitgraph.engine.fast_path import FastPath
+from vitgraph.engine.intake import VECTOR
 from vitgraph.errors import FallbackError
 from vitgraph.models.registry import families
 
@@ -390,6 +393,36 @@ def test_several_packs_of_rows_that_lie_apart_equal_the_padded_run(family: str) 
                 assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
         assert encoder.stats.host_metadata == 5 * len(encoder.plan(grids)), "of the padded runs alone"
         assert encoder.stats.python_searches == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_new_batches_on_the_fast_path_equal_the_padded_run(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[bool] = []
+    launch = FastPath.launch
+
+    def watched(self: FastPath, *given) -> object:
+        launched = launch(self, *given)
+        taken.append(launched is not None)
+        return launched
+
+    monkeypatch.setattr(FastPath, "launch", watched)
+    choose = random.Random(0)
+    with make(family) as encoder:
+        encoder.capture(progress=False)
+        grids = image_grids(encoder.spec) + clip_grids(encoder.spec)[:1]
+        encoder.engine.warm_metadata(grids)
+        work = [choose.choices(grids, k=choose.randint(1, 9)) for _ in range(8)]
+        several = grids[::-1]
+        while len(encoder.plan(several)) < 2:
+            several = several * 2
+        work = [batch for batch in (*work, several) if all(pack.budget is not None for pack in encoder.plan(batch))]
+        rows = [pixels(encoder, batch, seed) for seed, batch in enumerate(work)]
+        got = [tensors(encoder.encode_patches(x, batch)) for x, batch in zip(rows, work, strict=True)]
+        assert any(len(encoder.plan(batch)) > 1 for batch in work)
+        assert len(taken) > 4 and set(taken) == {encoder.spec.patch_width % VECTOR == 0}
+        for own, x, batch in zip(got, rows, work, strict=True):
+            want = tensors(encoder.encode_patches(x, batch, mode="padded"))
+            assert all(torch.equal(a, b) for a, b in zip(own, want, strict=True))
 
 
 def test_staging_and_poison_between_prepared_replays_do_not_show() -> None:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from vitgraph.attention.base import VarlenAttention, tune
 from vitgraph.config import EncoderConfig
-from vitgraph.core import Grid, KnownGrid, Pack, sum_counts
+from vitgraph.core import Grid, Grids, KnownGrid, Pack, sum_counts
 from vitgraph.embedding import VisionEmbedding
+from vitgraph.engine.fast_path import FastPath
 from vitgraph.engine.gemms import make_gemms
 from vitgraph.engine.graph import CapturedGraph
 from vitgraph.engine.ladder import Ladder, Progress
@@ -75,6 +76,7 @@ class Engine:
             self.spec, self._forward, self._forward_static, device, dtype, config, attention,
             self.ladder, self.staging, self._order, self._counters,
         )  # fmt: skip
+        self._fast_path = FastPath(self.ladder, self.staging, self._order, self.spec.patch_width, not config.strict)
         self._prepared = PreparedBatches()
         self._measure_seconds = 0.0
         self._lock = RLock()
@@ -159,8 +161,11 @@ class Engine:
             EngineReleasedError: after `release()`.
         """
         key = tuple(grids)
-        again = self._run_again(key, rows) if mode == "auto" else None
-        packs = self._run(rows, grids, mode, key) if again is None else again[0]
+        packs = None
+        if mode == "auto" and isinstance(rows, Tensor):
+            found = self._run_again(key, rows) or self._run_new(key, self.planner.batch(grids).known, rows)
+            packs = found[0] if found else None
+        packs = packs or self._run(rows, grids, mode, key)
         kinds = [output.rows for output in self.spec.outputs]
         return outputs_of(packs, len(grids), kinds, self.planner.counts)
 
@@ -191,6 +196,25 @@ class Engine:
         """
         again = self._run_again(key, rows)
         return None if again is None else embeddings(*again)
+
+    def embed_new(self, key: Hashable | None, known: list[KnownGrid], rows: Tensor) -> list[VisionEmbedding] | None:
+        """As `embed` with mode "auto", for a batch whose replays are not prepared, where everything that graphs read
+        lies on the device: all is launched before anything else is made of it.
+
+        Args:
+            key: as in `embed`.
+            known: of the items' grids.
+            rows: of all items, not checked.
+
+        Returns:
+            None where nothing was launched: `embed` can do it.
+
+        Raises:
+            PatchError: the rows of all items are others than the grids hold.
+            EngineReleasedError: after `release()`.
+        """
+        new = self._run_new(key, known, rows) if isinstance(rows, Tensor) else None
+        return None if new is None else embeddings(*new)
 
     @property
     def stats(self) -> Stats:
@@ -283,14 +307,34 @@ class Engine:
                     ran.append((pack, self._runner.replay(replay, rows)))
             self._counters.plan([pack for pack, _ in ran], len(grids))
             if as_one is not None and len(replays) == len(ran):
-                batch = PreparedBatch(grids, as_one.shape, replays, self.planner.cost)
-                self._prepared.keep(tuple(grids) if key is None else key, batch)
+                self._keep(key, grids, as_one.shape, replays)
             return ran
 
     def _replay(self, batch: PreparedBatch, rows: Tensor) -> list[Ran]:
         ran = [(replay.pack, self._runner.replay(replay, rows)) for replay in batch.replays]
         self._counters.plan([pack for pack, _ in ran], len(batch.grids))
         return ran
+
+    def _run_new(self, key: Hashable | None, known: list[KnownGrid], rows: Tensor) -> tuple[list[Ran], Grids] | None:
+        """A batch that is not prepared, on the fast path: its packs and its grids; see `FastPath.launch`."""
+        with self._lock, self._guard():
+            launched = self._fast_path.launch(self.planner, known, rows)
+            if launched is None:
+                return None
+            grids = self.planner.batch_of(known)
+            replays = [replay for replay, _ in launched]
+            for replay in replays:
+                self._runner.note(replay)
+            ran = [(replay.pack, outputs) for replay, outputs in launched]
+            self._counters.plan([pack for pack, _ in ran], len(grids))
+            self._keep(key, grids, rows.shape, replays)
+            return ran, grids
+
+    def _keep(
+        self, key: Hashable | None, grids: Sequence[Grid], shape: torch.Size, replays: Sequence[PreparedReplay]
+    ) -> None:
+        batch = PreparedBatch(grids, shape, replays, self.planner.cost)
+        self._prepared.keep(tuple(grids) if key is None else key, batch)
 
     def _run_again(self, key: Hashable, rows: Tensor | Sequence[Tensor]) -> tuple[list[Ran], Sequence[Grid]] | None:
         """A batch that is prepared: its packs and its grids."""

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +30,24 @@ VECTOR_BYTES, VECTOR = 16, 8
 rows in several stretches."""
 
 _CODES = {dtype: code for code, dtype in enumerate(DTYPES, start=1)}
+
+
+class BatchSource(NamedTuple):
+    """Pixel rows of a batch, any stretches of which a graph can copy itself.
+
+    Attributes:
+        rows: how many there are.
+        dtype: its code.
+        address: of the first.
+        width: elements of a row.
+        row_bytes: the same in bytes.
+    """
+
+    rows: int
+    dtype: int
+    address: int
+    width: int
+    row_bytes: int
 
 
 class Intake:
@@ -75,6 +94,21 @@ class Intake:
             self.mailbox.post(NOTHING)
             self.launch(buffers)
             self._warm = True
+
+    def batch_source(self, rows: Tensor, width: int) -> BatchSource | None:
+        """The pixel rows of a batch, if they are such.
+
+        Args:
+            rows: of any shape and dtype, on any device.
+            width: elements that a row shall have.
+        """
+        code, shape = _CODES.get(rows.dtype), rows.shape
+        if code is None or rows.get_device() != self._index or not rows.is_contiguous():
+            return None
+        address = rows.data_ptr()
+        if len(shape) != 2 or shape[1] != width or address % VECTOR_BYTES or width % VECTOR or rows.requires_grad:
+            return None
+        return BatchSource(shape[0], code, address, width, width * rows.element_size())
 
     def source_of(self, rows: Tensor, stretches: Stretches) -> tuple[int, int, int, bytes] | None:
         """What a request says of pixel rows, if a graph can copy them itself: dtype, address, elements and, where there

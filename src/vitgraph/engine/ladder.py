@@ -20,7 +20,7 @@ from vitgraph.engine.buffers import Arena, MetadataLayout, StaticBuffers
 from vitgraph.engine.compose import Composer
 from vitgraph.engine.gemms import Gemms
 from vitgraph.engine.graph import CapturedGraph, GraphPool
-from vitgraph.engine.intake import make_intake
+from vitgraph.engine.intake import Intake, make_intake
 from vitgraph.launch import compiling
 from vitgraph.models.contract import TowerBuffers, TowerSpec
 from vitgraph.planning.budgets import make_budgets
@@ -88,7 +88,12 @@ class Ladder:
     @property
     def composer(self) -> Composer | None:
         """What composes metadata on the device; None where the host writes it, or nothing is allocated yet."""
-        return self._arena.intake.composer if self._arena and self._arena.intake else None
+        return self.intake.composer if self.intake else None
+
+    @property
+    def intake(self) -> Intake | None:
+        """What brings packs to graphs; None where the host does, or nothing is allocated yet."""
+        return self._arena.intake if self._arena else None
 
     def static(self, index: int) -> StaticBuffers:
         """The static buffers of a budget, made on first use."""

@@ -134,10 +134,14 @@ class PackRunner:
         finally:
             self._order.leave(stream)
             self._staging.return_rows()
-        self._counters.replay(pack, prepared.tokens, prepared.graph is not None)
-        if self._verbose:
-            _log(pack, prepared.tokens)
+        self.note(prepared)
         return outputs
+
+    def note(self, prepared: PreparedReplay) -> None:
+        """Counts a replay, and logs it if asked to."""
+        self._counters.replay(prepared.pack, prepared.tokens, prepared.graph is not None)
+        if self._verbose:
+            _log(prepared.pack, prepared.tokens)
 
     def _run_padded(self, pack: Pack, budget: int, rows: BatchRows, use_graph: bool) -> tuple[Outputs, bool]:
         """The pack's outputs, and whether a graph made them."""
