@@ -19,6 +19,7 @@ from vitgraph import VisionEncoder
 from vitgraph.core import Grid, Pack
 from vitgraph.engine.fast_path import FastPath
 from vitgraph.engine.graph import CapturedGraph
+from vitgraph.engine.mailbox import Request
 from vitgraph.errors import PatchError
 from vitgraph.planning.cost import LONG_ROWS, CostModel
 
@@ -61,6 +62,15 @@ def knows(grids: list[Grid], **settings) -> VisionEncoder:
     return encoder
 
 
+def requests_of(encoder: VisionEncoder, monkeypatch: pytest.MonkeyPatch) -> list[Request]:
+    """Receives those that graphs are launched with from now on."""
+    posted: list[Request] = []
+    mailbox = encoder.engine.ladder.intake.mailbox
+    post = mailbox.post
+    monkeypatch.setattr(mailbox, "post", lambda request: (posted.append(request), post(request))[1])
+    return posted
+
+
 def test_packs_are_what_they_are_on_the_other_way(launches: Launches, monkeypatch) -> None:
     choose, fast, slow = random.Random(0), knows(GRIDS), knows(GRIDS)
     monkeypatch.setattr(slow.engine._fast_path, "launch", lambda *_: None)
@@ -92,12 +102,9 @@ def test_the_engines_own_call_takes_it_as_well(launches: Launches) -> None:
 
 def test_a_batch_that_comes_again_finds_its_metadata_there(monkeypatch) -> None:
     encoder, grids = knows(GRIDS), [Grid(1, 2, 16), Grid(1, 6, 16)]
-    x, posted = rows_of(encoder, grids), []
-    mailbox = encoder.engine.ladder.intake.mailbox
-    post = mailbox.post
-    monkeypatch.setattr(mailbox, "post", lambda request: (posted.append(len(request.places)), post(request))[1])
+    x, posted = rows_of(encoder, grids), requests_of(encoder, monkeypatch)
     got = [encoder.encode_patches(x, grids) for _ in range(2)]
-    assert posted == [8, 0]
+    assert [len(request.places) for request in posted] == [8, 0]
     assert same(*got)
 
 
@@ -192,12 +199,10 @@ def test_rows_of_another_width_are_refused_before_any_launch() -> None:
 
 def test_packs_that_lie_one_behind_the_other_are_read_where_they_begin(launches: Launches, monkeypatch) -> None:
     grids = [Grid(1, 24, 32), Grid(1, 22, 32)]
-    encoder, posted = knows(grids), []
+    encoder = knows(grids)
     x = rows_of(encoder, grids)
     want = encoder.encode_patches(x, grids, mode="padded")
-    mailbox = encoder.engine.ladder.intake.mailbox
-    post = mailbox.post
-    monkeypatch.setattr(mailbox, "post", lambda request: (posted.append(request), post(request))[1])
+    posted = requests_of(encoder, monkeypatch)
     assert same(encoder.encode_patches(x, grids), want)
     assert launches == [2]
     assert [request.address - x.data_ptr() for request in posted] == [0, x[:768].nbytes]

@@ -161,11 +161,14 @@ class Engine:
             EngineReleasedError: after `release()`.
         """
         key = tuple(grids)
-        packs = None
+        ran = None
         if mode == "auto" and isinstance(rows, Tensor):
-            found = self._run_again(key, rows) or self._run_new(key, self.planner.batch(grids).known, rows)
-            packs = found[0] if found else None
-        packs = packs or self._run(rows, grids, mode, key)
+            ran = self._run_again(key, rows)
+            if ran is None:
+                with self._lock:
+                    grids = self.planner.batch(grids)
+                ran = self._run_new(key, grids.known, rows)
+        packs = self._run(rows, grids, mode, key) if ran is None else ran[0]
         kinds = [output.rows for output in self.spec.outputs]
         return outputs_of(packs, len(grids), kinds, self.planner.counts)
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from vitgraph.core import Stretches
+from vitgraph.core import STRETCH_BYTES
 
 ENTRIES = 256
 WORD = 4
@@ -24,7 +24,7 @@ STRETCHES = HEAD - 2
 """Words before the places: how many of these, the code of the pixel rows' dtype, their address, how many elements, in
 word STRETCHES how many stretches, and one that is empty."""
 
-STRETCH_WORDS = Stretches.ENTRY.size // WORD
+STRETCH_WORDS = STRETCH_BYTES // WORD
 
 PAUSE_SECONDS, MOST_SECONDS = 20e-6, 10.0
 SPINS = 500
@@ -106,7 +106,7 @@ class Mailbox:
             self._pause()
         places, dtype, address, elements, stretches = request
         entry = self.posted % ENTRIES * self._entry
-        count = len(stretches) // (STRETCH_WORDS * WORD)
+        count = len(stretches) // STRETCH_BYTES
         _HEAD.pack_into(self._bytes, entry, len(places) // WORD, dtype, address, elements, count, 0)
         if count:
             at = entry + self.first_stretch * WORD

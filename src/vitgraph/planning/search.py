@@ -22,7 +22,6 @@ Size = tuple[int, ...]
 Group = list[int]
 """Items that run together, by index."""
 
-
 FoundGroup = tuple[Any, ...]
 """Of a group: where its items begin and end in `order`, and its stretches in `table`; its patch rows; the smallest
 budget that holds it, one more than there are where none does; whether it is settled that it runs there, see `Prices`;
