@@ -7,8 +7,8 @@ Needs a CUDA device. Medians over calls of one batch that came before, of equal 
 `before` is plan, request and, for rows on the host, their staging; `launch` the driver's graph launch; `after` the
 copies of the results and their split, while the GPU already works. Some batches take several packs; for them, `before`
 ends at the first launch, and the others follow while the GPU works: `own` is all time until the last launch but what
-the launches take, per launch. With `--several`, only they are measured. Then the launch alone, for a few budgets.
-Random weights.
+the launches take, per launch. With `--several`, only they are measured. Then the launch alone, for a few budgets,
+beside what one small kernel's launch takes in its place. Random weights.
 
 The GPU is `idle` (each call waits for the one before), `busy` (two calls before it are in flight) or `behind` (the host
 never waits, so calls queue up). Sizes and views of the pixels are made right before each call, as a caller's are.
@@ -199,16 +199,25 @@ def tenth(times: list[float]) -> float:
 
 
 def launch_line(encoder: VisionEncoder, tokens: int, gpu: str) -> dict[str, object]:
-    """Host time of a graph's launch alone, for the smallest budget of at least so many tokens."""
+    """Host time of a graph's launch alone, for the smallest budget of at least so many tokens; and, each after such a
+    graph, of one small kernel's launch and of `some_python`."""
     index = next(
         i for i, budget in enumerate(encoder.budgets) if budget.tokens >= tokens or budget is encoder.budgets[-1]
     )
     encoder.engine.stage(index, usual_items(encoder.spec, encoder.budgets[index]))
     replay = encoder.engine.captured(index).replay
+    small = torch.zeros(8, device=encoder.device)
+
+    def after_replays(call: Callable[[], object]) -> float:
+        times = [end - start for start, end in paced([replay, call] * (CALLS // 2), gpu)]
+        return statistics.median(times[WARMUP + 1 :: 2]) * 1e6
+
     times = [end - start for start, end in paced([replay] * CALLS, gpu)]
     return {
         "tokens": encoder.budgets[index].tokens, "gpu": gpu,
         "launch_us": statistics.median(times[WARMUP:]) * 1e6,
+        "kernel_us": after_replays(lambda: small.add_(1)),
+        "python_us": after_replays(some_python),
     }  # fmt: skip
 
 
@@ -253,7 +262,10 @@ def main() -> None:
             f"python {found['python_us']:5.1f} us"
         )
     for r in alone:
-        print(f"launch alone, {r['tokens']:5} tokens, gpu {r['gpu']:6}  {r['launch_us']:6.1f} us")
+        print(
+            f"launch alone, {r['tokens']:5} tokens, gpu {r['gpu']:6}  {r['launch_us']:6.1f} us  "
+            f"one kernel's instead {r['kernel_us']:6.1f} us  python {r['python_us']:6.1f} us"
+        )
     results = {"calls": lines, "launches": alone}
     write_report(chosen.json, results, geometry=chosen.geometry, requests_only=chosen.requests)
 

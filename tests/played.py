@@ -50,7 +50,8 @@ def played(family: str = "qwen3_vl", most_bytes: int = 1 << 22) -> VisionEncoder
     engine, ladder = encoder.engine, encoder.engine.ladder
     arena = ladder._make_arena()
     kinds = tuple(encoder.budgets[-1].capacity)
-    arena.intake = Intake(Composer(encoder.spec, ladder._layouts, kinds, arena.block, most_bytes), encoder.device)
+    composer = Composer(encoder.spec, ladder._layouts, kinds, arena.block, most_bytes)
+    arena.intake = Intake(composer, encoder.spec.patch_width, encoder.device)
     for budget in range(len(BUDGETS)):
         outputs = ladder.static(budget).outputs
         graph = Played(encoder, budget)

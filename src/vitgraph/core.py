@@ -145,19 +145,6 @@ class Stretches(Sequence[tuple[int, int]]):
                 found.append((first, end - first))
         return cls.of(found)
 
-    @property
-    def only(self) -> tuple[int, int] | None:
-        """First row and number of rows where there is one stretch; None where there are several."""
-        if len(self.table) != self.ENTRY.size:
-            return None
-        rows, first = self.ENTRY.unpack(self.table)
-        return first, rows
-
-    @property
-    def rows(self) -> int:
-        """Of all stretches."""
-        return self.ENTRY.unpack_from(self.table, len(self.table) - self.ENTRY.size)[0]
-
     def __len__(self) -> int:
         return len(self.table) // self.ENTRY.size
 

@@ -19,6 +19,7 @@ from vitgraph import VisionEncoder
 from vitgraph.core import Grid, Pack
 from vitgraph.engine.fast_path import FastPath
 from vitgraph.engine.graph import CapturedGraph
+from vitgraph.engine.intake import VECTOR
 from vitgraph.engine.mailbox import Request
 from vitgraph.errors import PatchError
 from vitgraph.planning.cost import LONG_ROWS, CostModel
@@ -130,10 +131,9 @@ def _unaligned(x: Tensor) -> Tensor:
         Tensor.double,
         _unaligned,
         lambda x: x.t().contiguous().t(),
-        lambda x: x.clone().requires_grad_(),
         lambda x: x.view(len(x), 3, -1),
     ],
-    ids=["double", "unaligned", "not contiguous", "with gradients", "of three dimensions"],
+    ids=["double", "unaligned", "not contiguous", "of three dimensions"],
 )
 def test_rows_that_graphs_cannot_read_go_the_other_way(given: Callable, launches: Launches) -> None:
     encoder = knows(GRIDS)
@@ -141,6 +141,26 @@ def test_rows_that_graphs_cannot_read_go_the_other_way(given: Callable, launches
     want = encoder.encode_patches(x, GRIDS, mode="padded")
     assert same(encoder.encode_patches(given(x), GRIDS), want)
     assert launches == [None]
+
+
+def test_rows_that_need_gradients_are_read_and_leave_none(launches: Launches) -> None:
+    encoder = knows(GRIDS)
+    x = rows_of(encoder, GRIDS)
+    got = encoder.encode_patches(x.clone().requires_grad_(), GRIDS)
+    assert same(got, encoder.encode_patches(x, GRIDS, mode="padded"))
+    assert not any(item.tokens.requires_grad for item in got)
+    assert launches == [len(encoder.plan(GRIDS))]
+
+
+def test_rows_that_are_no_vectors_wide_are_read_where_each_pack_has_one_stretch(launches: Launches) -> None:
+    one, apart = [Grid(20, 4, 4)], [Grid(n, 4, 4) for n in (20, 3, 15, 20, 1, 9)]
+    encoder = knows(one + apart, family="internvl")
+    assert encoder.spec.patch_width % VECTOR
+    assert max(len(pack.stretches) for pack in encoder.plan(apart)) > 1
+    for grids in (one, apart):
+        x = rows_of(encoder, grids)
+        assert same(encoder.encode_patches(x, grids), encoder.encode_patches(x, grids, mode="padded"))
+    assert launches == [1, None]
 
 
 def test_metadata_that_is_not_there_goes_the_other_way(launches: Launches) -> None:

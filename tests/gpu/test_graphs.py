@@ -395,6 +395,13 @@ def test_several_packs_of_rows_that_lie_apart_equal_the_padded_run(family: str) 
         assert encoder.stats.python_searches == 0
 
 
+def can_be_read(encoder: VisionEncoder, grids: list[tuple[int, int, int]]) -> bool:
+    """Whether graphs can read rows of 16 bits where they lie in a batch of these grids."""
+    width = encoder.spec.patch_width
+    parts = [pack.stretches for pack in encoder.plan(grids)]
+    return width % VECTOR == 0 or all(len(part) == 1 and part[0][0] * width % VECTOR == 0 for part in parts)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_new_batches_on_the_fast_path_equal_the_padded_run(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[bool] = []
@@ -411,7 +418,7 @@ def test_new_batches_on_the_fast_path_equal_the_padded_run(family: str, monkeypa
         encoder.capture(progress=False)
         grids = image_grids(encoder.spec) + clip_grids(encoder.spec)[:1]
         encoder.engine.warm_metadata(grids)
-        work = [choose.choices(grids, k=choose.randint(1, 9)) for _ in range(8)]
+        work = [*map(list, {tuple(choose.choices(grids, k=choose.randint(1, 9))): None for _ in range(8)})]
         several = grids[::-1]
         while len(encoder.plan(several)) < 2:
             several = several * 2
@@ -419,7 +426,7 @@ def test_new_batches_on_the_fast_path_equal_the_padded_run(family: str, monkeypa
         rows = [pixels(encoder, batch, seed) for seed, batch in enumerate(work)]
         got = [tensors(encoder.encode_patches(x, batch)) for x, batch in zip(rows, work, strict=True)]
         assert any(len(encoder.plan(batch)) > 1 for batch in work)
-        assert len(taken) > 4 and set(taken) == {encoder.spec.patch_width % VECTOR == 0}
+        assert len(taken) > 4 and taken == [can_be_read(encoder, batch) for batch in work]
         for own, x, batch in zip(got, rows, work, strict=True):
             want = tensors(encoder.encode_patches(x, batch, mode="padded"))
             assert all(torch.equal(a, b) for a, b in zip(own, want, strict=True))

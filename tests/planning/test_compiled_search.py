@@ -102,7 +102,7 @@ def expected(prices: Prices, known: list[KnownGrid], group: list[int], eager: bo
     sets = [(size[rows], size[segments]) for rows, segments in prices.sets]
     placed = b"".join(known[at].place for at in group) if all(own.place for own in known) else b""
     settled, load = rows >= prices.settled[eager][budget], sum(known[at].load for at in group)
-    return group, stretches, placed, rows, budget, settled, bool(are_long(*sets)), load, *size
+    return group, stretches, placed, budget, settled, bool(are_long(*sets)), load, *size
 
 
 def smallest(prices: Prices, size: tuple[int, ...]) -> int:
@@ -390,10 +390,13 @@ def test_where_packs_may_run_eager_others_are_settled() -> None:
     curve = (1, 256, 257, 2048), (1000.0, 1000.0, 3000.0, 3200.0)
     prices = prices_of(budgets, CostModel((2000.0, 2500.0), (1e-6,) * 2, rows, *curve))
     planner, compiled = Planner(RULE, budgets), compiled_search.compiled_search(prices)
-    known = [planner.known(Grid(1, 8, 8))]
-    assert same(prices, known)
-    settled = [[bool(group[6]) for group in compiled(known, eager).groups] for eager in (False, True)]
-    assert settled == [[True], [False]]
+    assert prices.settled[True] == [float("inf"), 257]
+    size = tuple(257 if kind == "patch" else 1 for kind in budgets[0].capacity)
+    least = KnownGrid(Grid(1, 1, 257), {}, size, 257.0**2)
+    for item, with_eager in ((planner.known(Grid(1, 8, 8)), False), (least, True)):
+        assert same(prices, [item])
+        settled = [[bool(group[5]) for group in compiled([item], eager).groups] for eager in (False, True)]
+        assert settled == [[True], [with_eager]]
 
 
 def test_sums_that_would_reach_other_kinds_are_not_made() -> None:

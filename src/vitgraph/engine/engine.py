@@ -76,7 +76,7 @@ class Engine:
             self.spec, self._forward, self._forward_static, device, dtype, config, attention,
             self.ladder, self.staging, self._order, self._counters,
         )  # fmt: skip
-        self._fast_path = FastPath(self.ladder, self.staging, self._order, self.spec.patch_width, not config.strict)
+        self._fast_path = FastPath(self.ladder, self.staging, self._order, not config.strict)
         self._prepared = PreparedBatches()
         self._measure_seconds = 0.0
         self._lock = RLock()

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vitgraph.core import STRETCH_BYTES, KnownGrid, Stretches
+from vitgraph.core import PLACE_BYTES, STRETCH_BYTES, KnownGrid
 from vitgraph.engine.graph import CapturedGraph
-from vitgraph.engine.intake import BatchSource
+from vitgraph.engine.intake import RowSource
 from vitgraph.engine.ladder import Ladder
-from vitgraph.engine.mailbox import WORD, Request
+from vitgraph.engine.mailbox import Request
 from vitgraph.engine.order import RunOrder
 from vitgraph.engine.prepared import PreparedReplay
 from vitgraph.engine.results import Outputs
@@ -31,13 +31,12 @@ class FastPath:
         ladder: has the graphs of packs.
         staging: counts what it is spared.
         order: of runs on the device.
-        width: elements of a patch row.
         eager: whether packs may run eager.
     """
 
-    def __init__(self, ladder: Ladder, staging: Staging, order: RunOrder, width: int, eager: bool) -> None:
+    def __init__(self, ladder: Ladder, staging: Staging, order: RunOrder, eager: bool) -> None:
         self._ladder, self._staging, self._order = ladder, staging, order
-        self._width, self._eager = width, eager
+        self._eager = eager
 
     def launch(
         self, planner: Planner, known: list[KnownGrid], rows: Tensor
@@ -57,22 +56,25 @@ class FastPath:
             PatchError: the grids hold another number of rows.
         """
         intake = self._ladder.intake
-        source = None if intake is None else intake.batch_source(rows, self._width)
+        source = None if intake is None else intake.source(rows)
         found = None if source is None else planner.find(known, self._eager)
         if source is None or found is None or not found.places:
             return None
         check_rows(source.rows, found.rows)
         runs: list[Runs] = []
+        requests: list[Request] = []
         for group in found.groups:
             own = self._runs(planner, group)
-            if own is None:
+            request = _request(source, found, group)
+            if own is None or request is None:
                 return None
             runs.append(own)
+            requests.append(request)
         outputs: list[Outputs] = []
         stream = self._order.enter()
         try:
-            for group, (budget, graph, _) in zip(found.groups, runs, strict=True):
-                graph.replay(_request(source, found, group))
+            for group, (budget, graph, _), request in zip(found.groups, runs, requests, strict=True):
+                graph.replay(request)
                 buffers = self._ladder.static(budget)
                 buffers.arena.holds = None
                 filled = buffers.outputs_of(planner.counts_of(group))
@@ -90,7 +92,7 @@ class FastPath:
 
     def _runs(self, planner: Planner, group: FoundGroup) -> Runs | None:
         """What runs a group; None where that is no graph."""
-        budget, settled, long, load = group[5:SIZE]
+        budget, settled, long, load = group[4:SIZE]
         if not settled:
             budget, _ = planner.placed(planner.counts_of(group), load, long, budget, self._eager)
         graph = self._ladder.long.get(budget) if long else None
@@ -98,12 +100,8 @@ class FastPath:
         return None if own is None else (budget, own, graph is not None)
 
 
-def _request(source: BatchSource, found: Searched, group: FoundGroup) -> Request:
-    """Of a group."""
-    begin, end, first, last, patches = group[:5]
-    _, dtype, address, width, row_bytes = source
-    stretches = found.table[first * STRETCH_BYTES : last * STRETCH_BYTES]
-    if last - first == 1:
-        address += Stretches.ENTRY.unpack(stretches)[1] * row_bytes
-        stretches = b""
-    return Request(found.places[begin * WORD : end * WORD], dtype, address, patches * width, stretches)
+def _request(source: RowSource, found: Searched, group: FoundGroup) -> Request | None:
+    """Of a group; None where its graph cannot copy the rows itself."""
+    begin, end, first, last = group[:4]
+    places = found.places[begin * PLACE_BYTES : end * PLACE_BYTES]
+    return source.request(places, found.table[first * STRETCH_BYTES : last * STRETCH_BYTES])

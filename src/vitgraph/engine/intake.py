@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vitgraph.core import Counts, Stretches
+from vitgraph.core import STRETCH_BYTES, Counts, Stretches
 from vitgraph.engine.buffers import Arena, MetadataLayout, StaticBuffers
 from vitgraph.engine.compose import Composer
-from vitgraph.engine.mailbox import NOTHING, Mailbox
+from vitgraph.engine.mailbox import NOTHING, Mailbox, Request
 from vitgraph.models.contract import TowerSpec
 
 logger = logging.getLogger("vitgraph")
@@ -26,14 +26,14 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Of pixel rows that a graph copies itself; the first has code 1."""
 
 VECTOR_BYTES, VECTOR = 16, 8
-"""Such rows begin at a multiple of so many bytes: they are loaded in vectors. So many elements wide, or a multiple, are
-rows in several stretches."""
+"""A pack's rows begin at a multiple of so many bytes: they are loaded in vectors. So many elements wide, or a multiple,
+are rows in several stretches."""
 
 _CODES = {dtype: code for code, dtype in enumerate(DTYPES, start=1)}
 
 
-class BatchSource(NamedTuple):
-    """Pixel rows of a batch, any stretches of which a graph can copy itself.
+class RowSource(NamedTuple):
+    """Pixel rows on the device that lie one after another.
 
     Attributes:
         rows: how many there are.
@@ -49,21 +49,38 @@ class BatchSource(NamedTuple):
     width: int
     row_bytes: int
 
+    def request(self, places: bytes, table: bytes) -> Request | None:
+        """The request of a pack, if its graph can copy these rows itself.
+
+        Args:
+            places: of the pack's items, as in `Request`.
+            table: of the pack's `Stretches` of these rows; at least one.
+        """
+        end, first = Stretches.ENTRY.unpack_from(table, len(table) - STRETCH_BYTES)
+        _, dtype, address, width, row_bytes = self
+        if len(table) == STRETCH_BYTES:
+            address += first * row_bytes
+            return None if address % VECTOR_BYTES else Request(places, dtype, address, end * width)
+        if address % VECTOR_BYTES or width % VECTOR:
+            return None
+        return Request(places, dtype, address, end * width, table)
+
 
 class Intake:
     """The first kernels of every graph of one arena.
 
     Args:
         composer: of the metadata.
+        width: elements of a pixel row.
         device: of the arena.
     """
 
-    def __init__(self, composer: Composer, device: torch.device) -> None:
+    def __init__(self, composer: Composer, width: int, device: torch.device) -> None:
         from vitgraph.engine import intake_triton
 
         self._kernels = intake_triton
         self._index = device.index if device.type == "cuda" else -1
-        self.composer = composer
+        self.composer, self._width = composer, width
         self.mailbox = Mailbox(composer.most_items, device, partial(_check, device))
         self._likes = [torch.zeros(8, dtype=dtype, device=device) for dtype in DTYPES]
         self._warm = False
@@ -95,42 +112,18 @@ class Intake:
             self.launch(buffers)
             self._warm = True
 
-    def batch_source(self, rows: Tensor, width: int) -> BatchSource | None:
-        """The pixel rows of a batch, if they are such.
+    def source(self, rows: Tensor) -> RowSource | None:
+        """Pixel rows as requests name them, if they are such.
 
         Args:
             rows: of any shape and dtype, on any device.
-            width: elements that a row shall have.
         """
-        code, shape = _CODES.get(rows.dtype), rows.shape
+        code, shape, width = _CODES.get(rows.dtype), rows.shape, self._width
         if code is None or rows.get_device() != self._index or not rows.is_contiguous():
             return None
-        address = rows.data_ptr()
-        if len(shape) != 2 or shape[1] != width or address % VECTOR_BYTES or width % VECTOR or rows.requires_grad:
+        if len(shape) != 2 or shape[1] != width:
             return None
-        return BatchSource(shape[0], code, address, width, width * rows.element_size())
-
-    def source_of(self, rows: Tensor, stretches: Stretches) -> tuple[int, int, int, bytes] | None:
-        """What a request says of pixel rows, if a graph can copy them itself: dtype, address, elements and, where there
-        are several, the stretches.
-
-        Args:
-            rows: `[P, patch_width]` of a batch, of any dtype and on any device.
-            stretches: of them that a pack takes.
-        """
-        code = _CODES.get(rows.dtype)
-        if code is None or rows.get_device() != self._index or not rows.is_contiguous():
-            return None
-        address, width = rows.data_ptr(), rows.shape[1]
-        only = stretches.only
-        if only is not None:
-            first, count = only
-            if first:
-                address += first * width * rows.element_size()
-            return None if address % VECTOR_BYTES else (code, address, count * width, b"")
-        if address % VECTOR_BYTES or width % VECTOR:
-            return None
-        return code, address, stretches.rows * width, stretches.table
+        return RowSource(shape[0], code, rows.data_ptr(), width, width * rows.element_size())
 
 
 def _check(device: torch.device) -> None:
@@ -152,4 +145,4 @@ def make_intake(spec: TowerSpec, layouts: Sequence[MetadataLayout], capacity: Co
     if find_spec("triton") is None:
         logger.warning("metadata is written on the host for every new combination of sizes: Triton is not installed")
         return None
-    return Intake(Composer(spec, layouts, tuple(capacity), arena.block), arena.device)
+    return Intake(Composer(spec, layouts, tuple(capacity), arena.block), spec.patch_width, arena.device)

@@ -32,7 +32,6 @@ class StagingSlot:
 
     Attributes:
         reader: waits for the graph that reads the rows that were sent; None where none does.
-        landed: what a request says of the landing rows, see `Intake.source_of`; None until somebody asked.
     """
 
     def __init__(self, nbytes: int, pixel_shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
@@ -41,7 +40,6 @@ class StagingSlot:
         self.bytes = self.block.numpy()
         self.event = torch.cuda.Event() if self._pinned else None
         self.reader: Callable[[], None] | None = None
-        self.landed: tuple[int, int, int, bytes] | None = None
         self._recorded = self._lent = False
         self._pinned_at: set[int] = set()
         self._pixel_shape, self._dtype, self._device = pixel_shape, dtype, device

@@ -94,17 +94,17 @@ class Staging:
             self.spared += len(pack.grids)
         else:
             places = self._places(intake.composer, buffers, pack, stream)
-        source = None
-        if isinstance(rows, Tensor):
-            source = intake.source_of(rows, pack.stretches)
-        elif len(pack.grids) == 1:
-            (own,) = pixels_of(pack, rows)
-            source = intake.source_of(own, Stretches.of_first(own.shape[0]))
-        if source is not None:
-            return Request(places, *source)
+        stretches, as_one = pack.stretches, rows
+        if not isinstance(rows, Tensor) and len(pack.grids) == 1:
+            (as_one,) = pixels_of(pack, rows)
+            stretches = Stretches.of_first(as_one.shape[0])
+        source = intake.source(as_one) if isinstance(as_one, Tensor) else None
+        request = None if source is None else source.request(places, stretches.table)
+        if request is not None:
+            return request
         pixels = pixels_of(pack, rows)
         if self._all_elsewhere(rows, pixels):
-            return Request(places, *self._land(intake, buffers, pixels, stream))
+            return self._land(intake, buffers, places, pixels, stream)
         self._bring_rows(buffers, pixels, stream)
         return Request(places)
 
@@ -115,20 +115,20 @@ class Staging:
         return all(piece.device != self._device for piece in pixels)
 
     def _land(
-        self, intake: Intake, buffers: StaticBuffers, pixels: Sequence[PieceRows], stream: torch.cuda.Stream | None
-    ) -> tuple[int, int, int]:
-        """Sends rows, none of which lie on the device, to where they land there.
-
-        Returns:
-            What a request says of them: dtype, address and elements.
-        """
+        self,
+        intake: Intake,
+        buffers: StaticBuffers,
+        places: bytes,
+        pixels: Sequence[PieceRows],
+        stream: torch.cuda.Stream | None,
+    ) -> Request:
+        """Sends rows, none of which lie on the device, to where they land there; the request for them."""
         self._sent = slot = buffers.arena.next_slot()
         landing, filled = land_rows(pixels, slot, stream)
-        if slot.landed is None:
-            slot.landed = intake.source_of(landing, Stretches.of_first(landing.shape[0]))
-        assert slot.landed is not None, "landing rows lie on the device, one after another, in the tower's dtype"
-        dtype, address, _, _ = slot.landed
-        return dtype, address, filled * landing.shape[1]
+        source = intake.source(landing)
+        request = source and source.request(places, Stretches.of_first(filled).table)
+        assert request is not None, "landing rows lie on the device, one after another, in the tower's dtype"
+        return request
 
     def launched(self, mailbox: Mailbox) -> None:
         """Notes that the graph which reads what was sent has been launched.

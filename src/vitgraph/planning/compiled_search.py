@@ -87,7 +87,7 @@ class CompiledSearch:
             **{name: array.ctypes.data for name, array in self._arrays.items()},
         )  # fmt: skip
         self._reference = ctypes.byref(self._tables)
-        self._group = Struct(f"=8i{sum_format(len(prices.columns))}")
+        self._group = Struct(f"=7i4x{sum_format(len(prices.columns))}")
         self._make_room(MOST_EXHAUSTIVE)
 
     def _make_room(self, items: int) -> None:

@@ -140,7 +140,7 @@ class Planner:
             eager: see `plan`.
         """
         for group in found.groups:
-            begin, end, first, last, _, smallest, settled, long, load = group[:SIZE]
+            begin, end, first, last, smallest, settled, long, load = group[:SIZE]
             chosen, table = found.order[begin:end], found.table[first * STRETCH_BYTES : last * STRETCH_BYTES]
             counts = self.counts_of(group) if self._budgets else known[chosen[0]].counts  # then each item is alone
             where = (smallest, "") if settled else self.placed(counts, load, long, smallest, eager)
@@ -254,7 +254,7 @@ class Planner:
             settled = smallest < len(self._budgets) and patches >= self._prices.settled[eager][smallest]
             long = bool(are_long(*((size[rows], size[segments]) for rows, segments in self._sets)))
             ends = begin, len(order), first, len(table) // STRETCH_BYTES
-            groups.append((*ends, patches, smallest, settled, long, load, *size))
+            groups.append((*ends, smallest, settled, long, load, *size))
         places = b"".join([known[at].place for at in order])
         all_placed = len(places) == PLACE_BYTES * len(order)
         return Searched(starts[-1], order, places if all_placed else NOWHERE, table, groups)

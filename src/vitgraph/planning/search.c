@@ -44,7 +44,7 @@ typedef struct {
 
 /* As search.FoundGroup. */
 typedef struct {
-    int32_t begin, end, stretch_begin, stretch_end, patches, smallest, is_settled, is_long;
+    int32_t begin, end, stretch_begin, stretch_end, smallest, is_settled, is_long;
     Sum sum;
 } Group;
 
@@ -369,8 +369,8 @@ static void settle(const Tables *t, int32_t found, int32_t may_run_eager) {
     for (int32_t g = 0; g < found; g++) {
         Group *group = &t->groups[g];
         group->smallest = (int32_t)(smallest(t, &group->sum.size) - t->budget);
-        group->patches = (int32_t)group->sum.size.rows[t->rows];
-        group->is_settled = group->patches >= t->settled[may_run_eager * t->budgets + group->smallest];
+        const int32_t rows = (int32_t)group->sum.size.rows[t->rows];
+        group->is_settled = rows >= t->settled[may_run_eager * t->budgets + group->smallest];
         group->is_long = is_long(t, &group->sum.size, t->sets);
     }
 }

@@ -23,11 +23,11 @@ Group = list[int]
 """Items that run together, by index."""
 
 FoundGroup = tuple[Any, ...]
-"""Of a group: where its items begin and end in `order`, and its stretches in `table`; its patch rows; the smallest
-budget that holds it, one more than there are where none does; whether it is settled that it runs there, see `Prices`;
-whether it is one segment or long ones; its load, and from number SIZE on its rows of each kind."""
+"""Of a group: where its items begin and end in `order`, and its stretches in `table`; the smallest budget that holds
+it, one more than there are where none does; whether it is settled that it runs there, see `Prices`; whether it is one
+segment or long ones; its load, and from number SIZE on its rows of each kind."""
 
-SIZE = 9
+SIZE = 8
 
 
 class Searched(NamedTuple):
