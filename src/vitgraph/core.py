@@ -98,6 +98,12 @@ def _place(place: bytes) -> bytes:
     return (place or b"\xff" * PLACE_BYTES) + bytes(PLACE_BYTES)
 
 
+def places_of(known: Sequence[KnownGrid]) -> bytes:
+    """Where the metadata of these lies, one place after another; NOWHERE unless that of all lies on the device."""
+    places = b"".join([own.place for own in known])
+    return places if len(places) == PLACE_BYTES * len(known) else NOWHERE
+
+
 def sum_format(kinds: int) -> str:
     """How the compiled search holds a load and a size, as `struct` says it: its sizes have an even number of kinds."""
     return f"d{kinds}I{kinds % 2 * 4}x"

@@ -388,15 +388,17 @@ def test_where_packs_may_run_eager_others_are_settled() -> None:
     budgets = make_budgets(RULE, EncoderConfig(budgets=(64, 512)))
     rows = tuple(budget.capacity["patch"] for budget in budgets)
     curve = (1, 256, 257, 2048), (1000.0, 1000.0, 3000.0, 3200.0)
-    prices = prices_of(budgets, CostModel((2000.0, 2500.0), (1e-6,) * 2, rows, *curve))
-    planner, compiled = Planner(RULE, budgets), compiled_search.compiled_search(prices)
+    cost = CostModel((2000.0, 2500.0), (1e-6,) * 2, rows, *curve)
+    prices = prices_of(budgets, cost)
+    planner, compiled = Planner(RULE, budgets, cost), compiled_search.compiled_search(prices)
     assert prices.settled[True] == [float("inf"), 257]
     size = tuple(257 if kind == "patch" else 1 for kind in budgets[0].capacity)
     least = KnownGrid(Grid(1, 1, 257), {}, size, 257.0**2)
     for item, with_eager in ((planner.known(Grid(1, 8, 8)), False), (least, True)):
         assert same(prices, [item])
-        settled = [[bool(group[5]) for group in compiled([item], eager).groups] for eager in (False, True)]
-        assert settled == [[True], [with_eager]]
+        for find in (compiled, planner.find):
+            settled = [[bool(group[5]) for group in find([item], eager).groups] for eager in (False, True)]
+            assert settled == [[True], [with_eager]]
 
 
 def test_sums_that_would_reach_other_kinds_are_not_made() -> None:

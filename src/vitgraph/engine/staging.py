@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitgraph.core import Grid, Grids, KnownGrid, Pack, Stretches
+from vitgraph.core import Grid, Grids, KnownGrid, Pack, Stretches, places_of
 from vitgraph.engine.buffers import StaticBuffers, with_lengths
 from vitgraph.engine.compose import Composer
 from vitgraph.engine.intake import Intake
-from vitgraph.engine.mailbox import WORD, Mailbox, Request
+from vitgraph.engine.mailbox import Mailbox, Request
 from vitgraph.engine.pixels import BatchRows, PieceRows, copy_rows, land_rows, pixels_of
 from vitgraph.engine.slots import StagingSlot
 from vitgraph.errors import PatchError
@@ -145,14 +145,14 @@ class Staging:
         """Where the parts of the pack's items lie; where they cannot, the host writes the metadata."""
         assert isinstance(pack.grids, Grids), "packs for graphs come from the planner"
         known = pack.grids.known
-        places = b"".join([own.place for own in known])
-        if len(places) == WORD * len(known):  # none of them is NOWHERE
+        places = places_of(known)
+        if places:
             self.spared += len(known)
             return places
         before = self.grids.lookups
         if composer.learn(known, self.grids.get_all):
             self.spared += len(known) - (self.grids.lookups - before)
-            return b"".join([own.place for own in known])
+            return places_of(known)
         if not self._told:
             self._told = True
             logger.warning(

@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from vitgraph.background import in_threads
-from vitgraph.core import NOWHERE, STRETCH_BYTES, KnownGrid, sum_format
+from vitgraph.core import NOWHERE, PLACE_BYTES, STRETCH_BYTES, KnownGrid, sum_format
 from vitgraph.measured import cache_folder
 from vitgraph.planning.cost import LONG_ROWS
 from vitgraph.planning.search import MOST_EXHAUSTIVE, NEAR_ENOUGH, Prices, Searched
@@ -92,7 +92,7 @@ class CompiledSearch:
 
     def _make_room(self, items: int) -> None:
         self._most = items
-        sizes = {"starts": INT_BYTES, "groups": self._group.size, "order": INT_BYTES, "places": INT_BYTES}
+        sizes = {"starts": INT_BYTES, "groups": self._group.size, "order": INT_BYTES, "places": PLACE_BYTES}
         sizes["table"] = STRETCH_BYTES
         rooms = {name: ctypes.create_string_buffer((items + 1) * nbytes) for name, nbytes in sizes.items()}
         for name, room in rooms.items():
@@ -126,7 +126,7 @@ class CompiledSearch:
         return Searched(
             self._starts[count],
             self._order[:count].tolist(),
-            self._places[: count * INT_BYTES].tobytes() if self._tables.are_placed else NOWHERE,
+            self._places[: count * PLACE_BYTES].tobytes() if self._tables.are_placed else NOWHERE,
             self._table[: self._tables.stretches * STRETCH_BYTES].tobytes(),
             list(self._group.iter_unpack(self._groups[: found * self._group.size])),
         )

@@ -9,8 +9,6 @@ from typing import Protocol
 
 from vitgraph.core import (
     MOST_PATCHES,
-    NOWHERE,
-    PLACE_BYTES,
     STRETCH_BYTES,
     Counts,
     Grid,
@@ -21,6 +19,7 @@ from vitgraph.core import (
     Stretches,
     exceeded,
     fits,
+    places_of,
 )
 from vitgraph.errors import PatchError
 from vitgraph.planning.budgets import Budget
@@ -249,15 +248,13 @@ class Planner:
             order += group
             table += Stretches.of_items(group, starts).table
             own = [known[at] for at in group]
-            size, load, patches = _sum(own), sum(one.load for one in own), sum(one.patches for one in own)
+            size, load = _sum(own), sum(one.load for one in own)
             smallest = self._smallest(size)
-            settled = smallest < len(self._budgets) and patches >= self._prices.settled[eager][smallest]
+            settled = smallest < len(self._budgets) and size[self._rows] >= self._prices.settled[eager][smallest]
             long = bool(are_long(*((size[rows], size[segments]) for rows, segments in self._sets)))
             ends = begin, len(order), first, len(table) // STRETCH_BYTES
             groups.append((*ends, smallest, settled, long, load, *size))
-        places = b"".join([known[at].place for at in order])
-        all_placed = len(places) == PLACE_BYTES * len(order)
-        return Searched(starts[-1], order, places if all_placed else NOWHERE, table, groups)
+        return Searched(starts[-1], order, places_of([known[at] for at in order]), table, groups)
 
     def _smallest(self, size: Size) -> int:
         """Index of the smallest budget that holds this many rows; budgets grow in every kind."""
